@@ -25,14 +25,13 @@ def lucidrains():
     It imports torchvision and pytorch_fid for image files and FID; neither is used here, so where they are
     missing an empty module stands in. Diffusers is imported first: it looks for torchvision by itself."""
     importlib.import_module("diffusers")
-    for name in ("torchvision", "torchvision.transforms", "torchvision.utils", "pytorch_fid", "pytorch_fid.fid_score", "pytorch_fid.inception"):
-        if name not in sys.modules and importlib.util.find_spec(name.split(".")[0]) is None: stub(name)
-        elif name in sys.modules and "." in name: continue
-    if not hasattr(sys.modules["torchvision"], "transforms"):
-        sys.modules["torchvision"].transforms = sys.modules["torchvision.transforms"]
-        sys.modules["torchvision"].utils = sys.modules["torchvision.utils"]
-    for name, attribute in (("pytorch_fid.fid_score", "calculate_frechet_distance"), ("pytorch_fid.inception", "InceptionV3")):
-        if not hasattr(sys.modules[name], attribute): setattr(sys.modules[name], attribute, None)
+    if importlib.util.find_spec("torchvision") is None:
+        vision = stub("torchvision")
+        vision.transforms, vision.utils = stub("torchvision.transforms"), stub("torchvision.utils")
+    if importlib.util.find_spec("pytorch_fid") is None:
+        stub("pytorch_fid")
+        stub("pytorch_fid.fid_score").calculate_frechet_distance = None
+        stub("pytorch_fid.inception").InceptionV3 = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
