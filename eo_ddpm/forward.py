@@ -9,7 +9,7 @@ __all__ = ['at', 'forward_step', 'add_noise']
 import torch
 from torch import Tensor
 
-# %% ../nbs/02_forward.ipynb #5be215a6
+# %% ../nbs/02_forward.ipynb #c92bd773
 def at(
     coefficient:Tensor,  # (T,) one number for each step
     timesteps:Tensor,    # (B,) int64, 0 <= t < T
@@ -17,18 +17,27 @@ def at(
 )->Tensor:               # (B,1,1,1) in the dtype of `like`
     """Pick each patch's own coefficient and shape it for broadcasting.
 
-    Raises ValueError if `timesteps` is not (B,)."""
-    if timesteps.shape != like.shape[:1]: raise ValueError(f"timesteps {tuple(timesteps.shape)}: expected one for each of {like.shape[0]} patches")
+    Raises ValueError if `timesteps` is not (B,) int64 or, seen on the CPU only, leaves 0..T-1: a look at GPU
+    numbers would make every step wait."""
+    if timesteps.shape != like.shape[:1] or timesteps.dtype != torch.int64:
+        raise ValueError(f"timesteps {tuple(timesteps.shape)} {timesteps.dtype}: "
+                         f"expected int64, one for each of {like.shape[0]} patches")
+    if timesteps.device.type == "cpu" and ((timesteps < 0) | (timesteps >= len(coefficient))).any():
+        raise ValueError(f"timesteps {timesteps.min()} to {timesteps.max()}: expected 0 to {len(coefficient)-1}")
     return coefficient[timesteps].to(like.dtype).view(-1, *[1]*(like.ndim-1))  # (B,) -> (B,1,1,1)
 
-# %% ../nbs/02_forward.ipynb #35c3883f
+# %% ../nbs/02_forward.ipynb #53cc816a
 def forward_step(
-    xt_prev:Tensor,    # (B,C,H,W) patches after t-1 steps
+    xt_prev:Tensor,    # (B,C,H,W) the patches one step earlier
     noise:Tensor,      # (B,C,H,W) drawn from N(0,I)
     timesteps:Tensor,  # (B,) int64, 0 <= t < T
     betas:Tensor,      # (T,) variance added at each step
-)->Tensor:             # (B,C,H,W) patches after t steps
-    "One small step. Ho et al. 2020, eq. 2: xt = sqrt(1-beta_t) x_{t-1} + sqrt(beta_t) noise."
+)->Tensor:             # (B,C,H,W) the patches xt
+    """One small step. Ho et al. 2020, eq. 2: xt = sqrt(1-beta_t) x_{t-1} + sqrt(beta_t) noise.
+
+    Raises ValueError if `noise` and `xt_prev` differ in shape."""
+    if noise.shape != xt_prev.shape:
+        raise ValueError(f"noise {tuple(noise.shape)} and xt_prev {tuple(xt_prev.shape)} differ in shape")
     beta = at(betas, timesteps, xt_prev)
     return (1-beta).sqrt()*xt_prev + beta.sqrt()*noise
 

@@ -1,0 +1,50 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each sets itself up (a few minutes, once).
+PYTHON ?= python3
+VENV   ?= .venv
+RUN    ?= runs/demo
+# On Linux without an NVIDIA GPU, PyTorch's own CPU builds save gigabytes:
+#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PIP_ARGS ?=
+
+BIN = $(VENV)/bin
+NEEDS = settings.ini setup.py constraints.txt
+
+.PHONY: demo test notebooks lab export readme clean
+
+## main job: train on the built-in Sentinel-2 sample for ten minutes and paint patches
+demo: $(VENV)/class.done
+	mkdir -p $(RUN)
+	cd nbs && MPLBACKEND=agg $(abspath $(BIN))/papermill 07_train_gpu.ipynb $(abspath $(RUN))/07_train_gpu.ipynb \
+	  --kernel python3 --log-output --no-progress-bar -p profile laptop -p run $(abspath $(RUN)) -p resume True
+
+## all tests: package and notebooks in sync, every lesson executed, pytest, a headless smoke run of the training notebook
+test: $(VENV)/dev.done notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests
+
+notebooks: $(VENV)/dev.done
+	cd $(CURDIR) && OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
+
+## open the course
+lab: $(VENV)/class.done
+	$(BIN)/jupyter lab nbs
+
+## after editing a notebook: write the package, clean the notebooks, write the README
+export: $(VENV)/dev.done
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python .ci/readme.py
+
+$(VENV)/class.done: $(NEEDS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e ".[class]"
+	touch $@
+
+# The peer library asks for torchvision, which the course does without: install the library alone.
+$(VENV)/dev.done: $(NEEDS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -q $(PIP_ARGS) --no-deps denoising-diffusion-pytorch==1.10.12
+	touch $@ $(VENV)/class.done
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,88 @@
+"""Package, notebooks and README say the same thing."""
+import filecmp
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT/"nbs").glob("*.ipynb"))
+SCRIPTS = Path(sys.executable).parent
+
+
+def nbdev(command, cwd, *args):
+    "Run one of nbdev's commands in a copy of the project."
+    script = shutil.which(command, path=str(SCRIPTS)) or command
+    return subprocess.run([script, *args], cwd=cwd, check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    "The project's sources, to run generators on without touching the original."
+    for name in ("settings.ini", "setup.py", "README.md"): shutil.copy(ROOT/name, tmp_path)
+    for name in ("nbs", "eo_ddpm", ".ci"): shutil.copytree(ROOT/name, tmp_path/name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    return tmp_path
+
+
+def test_package_is_what_the_notebooks_export(copy):
+    "Catches a module edited by hand, or a notebook edited without an export."
+    for module in (copy/"eo_ddpm").glob("*.py"):
+        if module.name != "__init__.py": module.unlink()
+    nbdev("nbdev_export", copy)
+    modules = sorted(p.name for p in (ROOT/"eo_ddpm").glob("*.py"))
+    assert sorted(p.name for p in (copy/"eo_ddpm").glob("*.py")) == modules
+    _, differ, errors = filecmp.cmpfiles(ROOT/"eo_ddpm", copy/"eo_ddpm", modules, shallow=False)
+    assert not differ and not errors, f"run `make export`: {differ + errors}"
+
+
+def test_notebooks_are_clean(copy):
+    "Catches execution counts, local metadata and lost `parameters` tags."
+    nbdev("nbdev_clean", copy)
+    dirty = [p.name for p in NOTEBOOKS if json.loads(p.read_text(encoding="utf-8")) != json.loads((copy/"nbs"/p.name).read_text(encoding="utf-8"))]
+    assert not dirty, f"run `make export`: {dirty}"
+
+
+def test_readme_is_the_index_notebook(copy):
+    "Catches a README edited by hand, or an index that was not converted."
+    subprocess.run([sys.executable, str(copy/".ci/readme.py")], check=True, capture_output=True)
+    assert (copy/"README.md").read_text(encoding="utf-8") == (ROOT/"README.md").read_text(encoding="utf-8"), "run `make export`"
+    for picture in (copy/"nbs/images").glob("index*"): assert filecmp.cmp(picture, ROOT/"nbs/images"/picture.name, shallow=False)
+
+
+def test_parameters_tag_survives():
+    "Without the tag papermill puts its values before the defaults, which then win."
+    cells = json.loads((ROOT/"nbs/07_train_gpu.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert sum("parameters" in c["metadata"].get("tags", []) for c in cells) == 1
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_stored_outputs(path):
+    "Students see these first: catches missing, failed or heavy outputs, warnings, and widget state that GitHub refuses."
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    outputs = [o for c in notebook["cells"] for o in c.get("outputs", [])]
+    assert any("image/png" in o.get("data", {}) for o in outputs) or path.stem in ("10_diffusers",), "no figure stored"
+    assert not any(o["output_type"] == "error" for o in outputs)
+    assert not any(o.get("name") == "stderr" for o in outputs), "a warning is stored"
+    assert "widgets" not in notebook["metadata"]
+    assert path.stat().st_size < 2_500_000
+
+
+def test_imports_flow_down():
+    "Catches a module that imports one taught after it."
+    order = {re.search(r"#\| default_exp (\w+)", p.read_text(encoding="utf-8"))[1]: p.stem[:2]
+             for p in NOTEBOOKS if "#| default_exp" in p.read_text(encoding="utf-8")}
+    for module, number in order.items():
+        text = (ROOT/"eo_ddpm"/f"{module}.py").read_text(encoding="utf-8")
+        for other in re.findall(r"from (?:eo_ddpm)?\.(\w+) import", text): assert order[other] < number, f"{module} imports {other}"
+
+
+def test_light_import():
+    "Importing the package must not pull in what only the course or the tests need."
+    code = "import sys, eo_ddpm.sampling, eo_ddpm.interop; print([m for m in ('nbdev', 'diffusers', 'ipywidgets', 'fastcore', 'pytest') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env={**os.environ, "MPLBACKEND": "agg"})
+    assert run.stdout.strip() == "[]"
