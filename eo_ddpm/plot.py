@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['OKABE_ITO', 'LINE_STYLES', 'to_rgb', 'make_grid', 'show_grid', 'save_grid', 'show_row', 'plot_lines', 'smooth',
-           'plot_loss']
+           'plot_loss', 'explore']
 
-# %% ../nbs/00_plot.ipynb #a0d93bed
+# %% ../nbs/00_plot.ipynb #45e54b1d
+import io
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -45,7 +46,7 @@ def make_grid(
         page[top:top+h, left:left+w] = rgb
     return page
 
-# %% ../nbs/00_plot.ipynb #0d3b8c96
+# %% ../nbs/00_plot.ipynb #849e349d
 def show_grid(
     x0:Tensor,      # (B,C,H,W) model scale [-1,1]
     ncols:int=8,    # patches in a row
@@ -57,7 +58,7 @@ def show_grid(
     if ax is None:
         width = min(10, 1.2*min(ncols, len(x0)))
         _, ax = plt.subplots(figsize=(width, width*page.shape[0]/page.shape[1]+.3), layout="tight")
-    ax.imshow(page)
+    ax.imshow(page, interpolation="nearest")  # smoothing would hide noise
     ax.set_title(title, loc="left")
     ax.set_axis_off()
     return ax
@@ -76,7 +77,7 @@ def save_grid(
     plt.imsave(path, page)
     return path
 
-# %% ../nbs/00_plot.ipynb #b5016fea
+# %% ../nbs/00_plot.ipynb #478d6774
 def show_row(
     x0:Tensor,         # (B,C,H,W) model scale [-1,1]
     titles:list[str],  # one for each patch
@@ -91,7 +92,7 @@ def show_row(
         fig.suptitle(title, x=.01, ha="left")
         axs = axs[0]
     for ax, rgb, text in zip(axs, to_rgb(x0), titles):
-        ax.imshow(rgb)
+        ax.imshow(rgb, interpolation="nearest")
         ax.set_title(text, fontsize=10)
         ax.set_axis_off()
     return list(axs)
@@ -150,3 +151,26 @@ def plot_loss(
     ax.grid(alpha=.25, which="both")
     ax.legend(frameon=False)
     return ax
+
+# %% ../nbs/00_plot.ipynb #ac405074
+def explore(
+    draw,         # draws one figure: draw(**values)
+    **controls,   # ipywidgets controls, one for each argument of `draw`; a list becomes a menu
+):                # a box with the controls above the picture
+    "A figure with handles: move a control and it is drawn again."
+    import ipywidgets  # part of the extra `class`: not needed to train or to sample
+    controls = {k: ipywidgets.Dropdown(options=c, description=k) if isinstance(c, list) else c for k, c in controls.items()}
+    picture = ipywidgets.Image(format="png")
+
+    def update(_=None):
+        draw(**{name: control.value for name, control in controls.items()})
+        file = io.BytesIO()
+        plt.savefig(file, bbox_inches="tight")
+        plt.close()
+        picture.value = file.getvalue()
+
+    for name, control in controls.items():
+        control.description = control.description or name
+        control.observe(update, "value")
+    update()
+    return ipywidgets.VBox([*controls.values(), picture])
