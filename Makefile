@@ -14,7 +14,7 @@ NEEDS = settings.ini setup.py constraints.txt
 ## main job: train on the built-in Sentinel-2 sample for ten minutes and paint patches
 demo: $(VENV)/class.done
 	mkdir -p $(RUN)
-	cd nbs && MPLBACKEND=agg $(abspath $(BIN))/papermill 07_train_gpu.ipynb $(abspath $(RUN))/07_train_gpu.ipynb \
+	cd nbs && $(abspath $(BIN))/papermill 07_train_gpu.ipynb $(abspath $(RUN))/07_train_gpu.ipynb \
 	  --kernel python3 --log-output --no-progress-bar -p profile laptop -p run $(abspath $(RUN)) -p resume True
 
 ## all tests: package and notebooks in sync, every lesson executed, pytest, a headless smoke run of the training notebook
