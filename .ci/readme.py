@@ -11,6 +11,7 @@ root = Path(__file__).resolve().parents[1]
 out = Path(sys.argv[1]) if len(sys.argv) > 1 else root
 
 notebook = nbformat.read(root/"nbs/index.ipynb", as_version=4)
+notebook.metadata["language_info"] = {"name": "python"}  # for coloured code
 for cell in notebook.cells:
     if cell.cell_type != "code": continue
     cell.outputs = [o for o in cell.outputs if "image/png" in o.get("data", {})]
