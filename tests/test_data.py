@@ -16,8 +16,8 @@ from rasterio.warp import reproject
 from eo_ddpm import data
 from eo_ddpm.data import (
     RGB, S2_BANDS, SAMPLE_HOLDOUT, SCALES, Patch, Scale, band_indices, build_cache, check_x0, draw_patches, find_patches,
-    get_scale, list_tiles, load_cache, new_folder, preprocess, read_patch, read_pixels, resize, sample_bands, sample_pixels,
-    sample_root, split_by_scene, uint8_to_x0,
+    find_tiles, get_scale, load_cache, new_folder, preprocess, read_patch, read_pixels, resize, sample_bands, sample_pixels,
+    sample_root, split_by_scene, pixels_to_x0,
 )
 
 SCENES = {1: (1,), 2: (1, 2, 10), 10: (3,)}  # as text, 10 sorts before 2
@@ -98,7 +98,7 @@ def test_missing_file_is_named(tmp_path):
     with fails(FileNotFoundError, tmp_path): read_patch(tmp_path)  # a folder is no file
 
 
-@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"<html>502 Bad Gateway</html>"])
+@pytest.mark.parametrize("content", [b"", b"GIF89a", b"<html>502 Bad Gateway</html>"])
 def test_not_a_tiff_is_named(tmp_path, content):
     "Catches an error page saved as patch.tif going through as something else than a clear error."
     (tmp_path/"page.tif").write_bytes(content)
@@ -210,13 +210,13 @@ def test_preprocess_moves_the_axes():
 
 def test_model_scale_by_hand():
     "Catches /128 or /255 in the last step."
-    x0 = uint8_to_x0(torch.tensor([0, 51, 255], dtype=torch.uint8))
+    x0 = pixels_to_x0(torch.tensor([0, 51, 255], dtype=torch.uint8))
     assert x0.dtype == torch.float32 and torch.allclose(x0, torch.tensor([-1, -.6, 1]), atol=1e-6)
-    with fails(ValueError, "torch.float32", "uint8"): uint8_to_x0(x0)
+    with fails(ValueError, "torch.float32", "uint8"): pixels_to_x0(x0)
 
 
 @pytest.mark.parametrize("values,words", [
-    ([0., 255], ("0 to 255", "uint8_to_x0")), ([-1.01, 0], ("-1.01 to 0",)), ([float("nan"), 0], ("nan",)),
+    ([0., 255], ("0 to 255", "pixels_to_x0")), ([-1.01, 0], ("-1.01 to 0",)), ([float("nan"), 0], ("nan",)),
     ([0, float("inf")], ("inf",)),
 ])
 def test_check_x0_says_what_it_found(values, words):
@@ -236,7 +236,7 @@ def test_every_scale_keeps_range_order_shape_and_dtype(name, values):
     assert x0.shape == dn.shape and x0.dtype == torch.float32 and pixels.dtype == np.uint8
     assert bool((x0.diff(dim=-1) >= 0).all()) and bool((np.diff(pixels.astype(int)) >= 0).all())
     assert check_x0(x0) is x0
-    assert float((uint8_to_x0(torch.from_numpy(pixels))-x0).abs().max()) <= 1/255+1e-6  # half a byte
+    assert float((pixels_to_x0(torch.from_numpy(pixels))-x0).abs().max()) <= 1/255+1e-6  # half a byte
 
 
 @pytest.mark.parametrize("name", SCALES)
@@ -475,9 +475,9 @@ def test_sample_has_the_contrast_that_the_lesson_names(sample):
     train, held = sample_pixels()
     assert train.dtype == torch.uint8 and train.shape[1:] == held.shape[1:] == (3, 256, 256)
     assert len(train)+len(held) == len(sample)
-    assert float(uint8_to_x0(train).std()) == pytest.approx(.285, abs=.01)
+    assert float(pixels_to_x0(train).std()) == pytest.approx(.285, abs=.01)
     report = read_pixels(split_by_scene(sample, SAMPLE_HOLDOUT)[0], scale=SCALES["report"])
-    assert float(uint8_to_x0(report).std()) == pytest.approx(.132, abs=.01)
+    assert float(pixels_to_x0(report).std()) == pytest.approx(.132, abs=.01)
 
 
 def test_sample_appears_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -572,14 +572,31 @@ def test_other_files_are_refused_by_name(tree, tmp_path):
     with fails(ValueError, "root is"): build_cache(tree, tmp_path/"cache", 32)
 
 
-def test_a_broken_file_stops_the_cache_and_leaves_nothing(tree, tmp_path):
-    "Catches half a cache, or a folder of rubbish beside it; the file must be named."
+def test_a_broken_file_is_named_and_skipped(tree, tmp_path, capsys):
+    "Catches a run of hours stopped by one bad file, pixels that slip to the wrong patch, or a loss nobody is told of."
     root = tmp_path/"copy"
     shutil.copytree(tree, root)
     bad = find_patches(root)[3].path
     bad.write_bytes(bad.read_bytes()[:40000])
-    with fails(ValueError, bad, "truncated"): build_cache(root, tmp_path/"caches/one", 32)
-    assert list((tmp_path/"caches").iterdir()) == []
+    cache = build_cache(root, tmp_path/"caches/one", 32)
+    assert "4 patches, 1 skipped" in capsys.readouterr().out
+    assert [row["path"] for row in cache.skipped()] == [str(bad)] and "truncated" in cache.skipped()[0]["reason"]
+    good = [p for p in find_patches(root) if p.path != bad]
+    assert [row["path"] for row in cache.index()] == [str(p.path) for p in good]
+    for pixels, p in zip(cache.pixels, good):
+        np.testing.assert_array_equal(pixels, resize(SCALES["natural"].to_uint8(read_patch(p.path)), 32))
+
+
+def test_strict_stops_at_a_broken_file(tree, tmp_path):
+    "Catches a strict mode that skips, or leaves something that passes for a cache."
+    root = tmp_path/"copy"
+    shutil.copytree(tree, root)
+    bad = find_patches(root)[3].path
+    bad.write_bytes(bad.read_bytes()[:40000])
+    with fails(ValueError, bad, "truncated"): build_cache(root, tmp_path/"one", 32, strict=True)
+    with fails(FileNotFoundError, "no cache here"): load_cache(tmp_path/"one")
+    shutil.copy(find_patches(tree)[3].path, bad)  # mended: the same call now ends well
+    assert len(build_cache(root, tmp_path/"one", 32, strict=True).pixels) == 5
 
 
 def test_load_cache_errors(tree, tmp_path):
@@ -587,8 +604,8 @@ def test_load_cache_errors(tree, tmp_path):
     with fails(FileNotFoundError, tmp_path, "cache.json"): load_cache(tmp_path)
     build_cache(tree, tmp_path/"cache", 32)
     meta = tmp_path/"cache/cache.json"
-    meta.write_text(meta.read_text().replace('"version": 1', '"version": 0'))
-    with fails(ValueError, "version 0, expected 1"): load_cache(tmp_path/"cache")
+    meta.write_text(meta.read_text().replace('"version": 2', '"version": 0'))
+    with fails(ValueError, "version 0, expected 2"): load_cache(tmp_path/"cache")
 
 
 def test_own_images_are_tiled(tmp_path):
@@ -615,9 +632,9 @@ def test_own_image_errors(tmp_path):
     "Catches wrong channel counts, too small images and empty folders met only in the middle of training."
     path = write_tiff(tmp_path/"own/scene.tif", random_dn(8, (4, 40, 40)))
     with fails(ValueError, path, "4 bands, expected 13 or exactly 3", "B04, B03, B02"): build_cache(tmp_path/"own", tmp_path/"c", 32)
-    with fails(ValueError, path, "40 x 40", "at least 64 x 64"): list_tiles(tmp_path/"own", 64)
+    with fails(ValueError, path, "40 x 40", "at least 64 x 64"): find_tiles(tmp_path/"own", 64, ("B02", "B03", "B04", "B08"))
     (tmp_path/"empty").mkdir()
-    with fails(FileNotFoundError, tmp_path/"empty", "SEN12MS tree"): build_cache(tmp_path/"empty", tmp_path/"c", 32)
+    with fails(FileNotFoundError, tmp_path/"empty", "neither SEN12MS nor EuroSAT"): build_cache(tmp_path/"empty", tmp_path/"c", 32)
     assert not (tmp_path/"c").exists()
 
 
