@@ -9,7 +9,7 @@ PIP_ARGS ?=
 BIN = $(VENV)/bin
 NEEDS = settings.ini setup.py constraints.txt
 
-.PHONY: demo test notebooks lab export readme clean
+.PHONY: demo test test-all notebooks lab export readme clean
 
 ## main job: train on the built-in Sentinel-2 sample for ten minutes and paint patches
 demo: $(VENV)/class.done
@@ -19,6 +19,10 @@ demo: $(VENV)/class.done
 
 ## all tests: package and notebooks in sync, every lesson executed, pytest, a headless smoke run of the training notebook
 test: $(VENV)/dev.done notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m "not heavy" tests
+
+## the same with every kill and every fuzzed file
+test-all: $(VENV)/dev.done notebooks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests
 
 notebooks: $(VENV)/dev.done

@@ -6,10 +6,10 @@
 __all__ = ['folder', 'Words', 'Names', 'main', 'data_options', 'sample', 'download', 'index', 'doctor', 'cache', 'paint',
            'sample_images']
 
-# %% ../nbs/13_cli.ipynb #f4078a21
+# %% ../nbs/13_cli.ipynb #b6873774
 import click
 
-# %% ../nbs/13_cli.ipynb #944cd941
+# %% ../nbs/13_cli.ipynb #5765ba84
 class Words(click.Group):
     "A group of commands whose errors are sentences, not tracebacks."
     def invoke(self, ctx):
@@ -33,7 +33,7 @@ def main():
       eo-ddpm cache my_images/ my_cache/    one pass into a memory-mapped cache
     """
 
-# %% ../nbs/13_cli.ipynb #075bf893
+# %% ../nbs/13_cli.ipynb #2e0962a6
 def data_options(command):
     "The options by which commands find and read a data set."
     for option in reversed((
@@ -49,7 +49,7 @@ def data_options(command):
 
 folder = click.Path(exists=True, file_okay=False)
 
-# %% ../nbs/13_cli.ipynb #fcadd5c3
+# %% ../nbs/13_cli.ipynb #d12a7784
 @main.command()
 def sample():
     "Where the built-in Sentinel-2 sample is (cut out on the first call)."
@@ -70,7 +70,7 @@ def download(name, out, mirror):
     elif out is None: raise click.UsageError("say where to: eo-ddpm download NAME OUT")
     else: click.echo(fetch(name, out, mirror=mirror))
 
-# %% ../nbs/13_cli.ipynb #9af01610
+# %% ../nbs/13_cli.ipynb #504c0123
 @main.command()
 @click.argument("root", type=folder)
 @click.option("--season", default="all", show_default=True, help="spring, summer, fall, winter or all.")
@@ -87,7 +87,7 @@ def index(root, season, sensor, out):
     click.echo(f"{len(patches)} {sensor} patches")
     if out: write_index(patches, out); click.echo(out)
 
-# %% ../nbs/13_cli.ipynb #7228c915
+# %% ../nbs/13_cli.ipynb #7a2013a9
 @main.command()
 @click.argument("root", type=folder)
 @data_options
@@ -103,6 +103,7 @@ def doctor(ctx, root, bands, file_bands, scale, season, size, n):
     if not found: click.echo(f"nothing wrong on the scale {scale}")
     ctx.exit(int(any(finding.level == "wrong" for finding in found)))
 
+# %% ../nbs/13_cli.ipynb #6a3b4c49
 @main.command()
 @click.argument("root", type=folder)
 @click.argument("out", type=click.Path(file_okay=False))
@@ -118,7 +119,7 @@ def cache(root, out, bands, file_bands, scale, season, size, dtype, workers, str
     made = build_cache(root, out, size, bands, get_scale(scale), season, dtype, file_bands, None, workers, strict)
     click.echo(f"{len(made.pixels)} patches of {size} x {size} pixels, {', '.join(bands)}, {dtype}: {out}")
 
-# %% ../nbs/13_cli.ipynb #4db6e778
+# %% ../nbs/13_cli.ipynb #30a38a74
 def paint(run, n, steps, seed, device, batch=25):
     "n samples (n,C,H,W) of a run's averaged network, the first ones the same whatever n is."
     import torch
@@ -132,6 +133,7 @@ def paint(run, n, steps, seed, device, batch=25):
         parts.append(ddim_sample(network, schedule, noise, config.objective, generator=generator, steps=steps, eta=1.).cpu())
     return torch.cat(parts)[:n]
 
+# %% ../nbs/13_cli.ipynb #dda14646
 @main.command()
 @click.argument("run", type=folder)
 @click.option("-n", default=25, show_default=True, help="How many.")
@@ -157,5 +159,5 @@ def sample_images(run, n, steps, seed, out, geotiff, device):
         write_patch(Path(geotiff)/f"synthetic_{i:04d}.tif", dn, bands, run=run, seed=seed, number=i, steps=steps)
     click.echo(geotiff)
 
-# %% ../nbs/13_cli.ipynb #67c71ed8
+# %% ../nbs/13_cli.ipynb #c182d20c
 if __name__ == "__main__": main(prog_name="eo-ddpm")

