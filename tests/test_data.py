@@ -15,10 +15,11 @@ from rasterio.warp import reproject
 
 from eo_ddpm import data
 from eo_ddpm.data import (
-    RGB, S2_BANDS, SAMPLE_HOLDOUT, SCALES, Patch, Scale, band_indices, build_cache, check_x0, draw_patches, find_patches,
-    find_tiles, get_scale, load_cache, new_folder, preprocess, read_patch, read_pixels, resize, sample_bands, sample_pixels,
-    sample_root, split_by_scene, pixels_to_x0,
+    SAMPLE_HOLDOUT, SCALES, Scale, build_cache, check_x0, draw_patches, find_patches, get_scale, load_cache, pixels_to_x0,
+    preprocess, read_patch, read_pixels, resize, sample_bands, sample_pixels, sample_root, split_by_scene,
 )
+from eo_ddpm.images import RGB, S2_BANDS, Patch, band_indices, find_tiles, write_index
+from eo_ddpm.store import new_folder
 
 SCENES = {1: (1,), 2: (1, 2, 10), 10: (3,)}  # as text, 10 sorts before 2
 
@@ -850,3 +851,24 @@ def test_examine_names_bad_files(tree, tmp_path):
     bad.write_bytes(b"II*\0 no more")
     assert any(f.level == "wrong" and str(bad) in f.text for f in data.examine(root))
     with fails(ValueError, "(3, 8, 8)", "(4,H,W)"): data.diagnose(np.zeros((3, 8, 8)), ("B02", "B03", "B04", "B08"))
+
+
+# --- other ways into a cache ---
+
+
+def test_cache_from_a_saved_list(tree, tmp_path):
+    "Catches a saved index that leads to another cache than the tree it was made from."
+    write_index(find_patches(tree), tmp_path/"index.csv")
+    first, again = build_cache(tree, tmp_path/"a", 32), build_cache(tmp_path/"index.csv", tmp_path/"b", 32)
+    assert torch.equal(first.pixels, again.pixels) and first.scenes.tolist() == again.scenes.tolist()
+    some = build_cache(find_patches(tree)[1:3], tmp_path/"c", 32)
+    assert torch.equal(some.pixels, first.pixels[1:3])
+
+
+def test_radar_goes_into_a_cache_as_well(tmp_path):
+    "Catches a builder that takes every number for a uint16: decibels are negative floats."
+    from eo_ddpm.sen12ms import RADAR
+    decibels = np.random.default_rng(0).normal(-12, 5, (2, 64, 64)).astype(np.float32)
+    write_tiff(tmp_path/"ROIs1868_summer/s1_1/ROIs1868_summer_s1_1_p1.tif", decibels)
+    cache = build_cache(find_patches(tmp_path, sensor="s1"), tmp_path/"cache", 64, ("VH", "VV"), RADAR)
+    np.testing.assert_array_equal(cache.pixels[0].numpy(), RADAR.to_uint8(decibels[::-1], ("VH", "VV")))
