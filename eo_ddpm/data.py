@@ -25,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -44,8 +45,7 @@ from tqdm import tqdm
 from .images import (EUROSAT_CLASSES, INDEX, RGB, S2_BANDS, Patch, band_indices, bounds_of, crs_name,
                             find_eurosat, find_tiles, index_row, open_image, read_index, read_tile, read_window,
                             write_patch)
-from .store import (Part, cache_dir, close_part, finish_part, new_folder, replace_text, save_part,
-                           tile_done)
+from .store import (Part, cache_dir, close_part, finish_part, new_folder, replace_text, tile_done)
 
 _all_ = ["S2_BANDS", "RGB", "Patch"]  # for nbdev: they belong to this module's face
 
@@ -222,7 +222,7 @@ def check_holdout(
     if missing := wanted-scenes:
         raise ValueError(f"held-out scenes {sorted(n for _, n in missing)} not among scenes {sorted(n for _, n in scenes)}")
 
-# %% ../nbs/01_data.ipynb #a980adcc
+# %% ../nbs/01_data.ipynb #a2971702
 def split_by_scene(
     patches:list[Patch],
     holdout:tuple[int, ...]|dict[str, tuple[int, ...]],  # scene numbers never trained on, or those of each season
@@ -316,7 +316,7 @@ SENSORS = {  # reflectance = gain*dn + offset
     "landsat": (2.75e-5, -.2), "refl": (1., 0.),             # Landsat Collection 2 Level 2; reflectance as it is
 }
 
-# %% ../nbs/01_data.ipynb #09626877
+# %% ../nbs/01_data.ipynb #5c84a423
 def get_scale(
     name:str,  # "natural", "natural@landsat" or, in digital numbers, "lo,hi,gamma"
 )->Scale:
@@ -337,7 +337,7 @@ def get_scale(
             for end in (SCALES[base].lo, SCALES[base].hi)]
     return Scale(*ends, SCALES[base].gamma, name)
 
-# %% ../nbs/01_data.ipynb #4118bfd7
+# %% ../nbs/01_data.ipynb #055fc073
 def preprocess(
     dn:np.ndarray,  # (3,H,W) uint16 digital numbers: red, green, blue
 )->np.ndarray:      # (H,W,3) uint8
@@ -387,7 +387,7 @@ def pick(
     rows = torch.arange(len(which), device=which.device) + len(which)*which
     return torch.cat([first, second]).index_select(0, rows)
 
-# %% ../nbs/01_data.ipynb #06cea88e
+# %% ../nbs/01_data.ipynb #bcaee19d
 def draw_patches(
     pixels:Tensor|Subset,       # as for `crop_patches`
     index:Tensor,               # (B,) int64
@@ -424,7 +424,7 @@ def list_patches(
         return find_eurosat(root)
     return find_tiles(root, size, bands, file_bands, problems)
 
-# %% ../nbs/01_data.ipynb #70de6f38
+# %% ../nbs/01_data.ipynb #4eb5653e
 MAX_NODATA = .01  # share of empty pixels
 MIN_STD = .006    # reflectance (60 dn of Sentinel-2), averaged over the bands: open water varies less
 
@@ -450,7 +450,7 @@ def is_flat(
 RULES = {"nodata": lambda dn, nodata, scale: empty_pixels(dn, nodata).mean() > MAX_NODATA,
          "flat": lambda dn, nodata, scale: is_flat(dn, scale)}
 
-# %% ../nbs/01_data.ipynb #32e5a39e
+# %% ../nbs/01_data.ipynb #43cbb5bb
 def scale_table(
     scale:Scale,
     bands:tuple[str, ...],
@@ -467,41 +467,42 @@ def look_up(
     "Each number's value out of its band's table."
     return np.stack([values.take(band) for values, band in zip(table, dn)])
 
-GDAL = dict(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR",  # no search for side files in folders of thousands
-            GTIFF_VIRTUAL_MEM_IO="YES", GDAL_CACHEMAX=64)  # plain TIFFs straight from the page cache; 64 MB a worker
+GDAL = dict(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_CACHEMAX=64)  # no search for side files; 64 MB a worker
 
-# %% ../nbs/01_data.ipynb #68b9abe5
+# %% ../nbs/01_data.ipynb #b2b25744
 class Tiles(Dataset):
     "Patches as a cache wants them: read, put on a scale, resized. What the workers of a DataLoader share out."
     def __init__(self, patches, size, bands, scale, dtype, rules):
         self.patches, self.size, self.bands, self.scale, self.dtype, self.rules = patches, size, bands, scale, dtype, rules
-        self.table, self.src = scale_table(scale, bands, dtype), None
+        self.table, self.path, self.stack = scale_table(scale, bands, dtype), None, None
 
     def __len__(self): return len(self.patches)
 
     def __getitems__(self, positions):
-        with rasterio.Env(**GDAL): return [self.read(self.patches[i]) for i in positions]
+        whole = not any(self.patches[i].window for i in positions)  # then they lie in memory: copy straight from there
+        with rasterio.Env(**GDAL, GTIFF_VIRTUAL_MEM_IO="YES" if whole else "NO"): return [self.read(self.patches[i]) for i in positions]
 
-    def open(self, path):
+    def open(self, p):
         "The file read last stays open: neighbouring tiles mostly come from it."
-        if self.src is None or self.src.name != str(path):
-            if self.src is not None: self.src.close()
-            self.src = None
-            self.src = open_image(path)
+        if self.path != p.path:
+            self.path, self.stack = None, self.stack and self.stack.close() or ExitStack()
+            self.src = self.stack.enter_context(open_image(p.path, in_memory=not p.window, holes=bool(p.window)))
+            self.path = p.path
         return self.src
 
     def read(self, p):
         "(pixels (size,size,C), crs, bounds), or in words why there are none."
-        try: src, dn = self.open(p.path), read_window(self.src, p, self.bands)
+        try: src, dn = self.open(p), read_window(self.src, p, self.bands)
         except (ValueError, OSError) as e: return f"unreadable: {e}"
         for rule in self.rules:
             if RULES[rule](dn, src.nodata, self.scale): return rule
+        if dn.shape[1] != dn.shape[2]: return f"unreadable: {p.path}: {dn.shape[1]} x {dn.shape[2]} pixels, expected a square"
         if dn.dtype.kind == "f" and not np.isfinite(dn).all(): return f"unreadable: {p.path}: pixels that are not a number"
         pixels = look_up(self.table, dn) if dn.dtype.kind == "u" else self.scale.to_pixels(dn, self.bands, self.dtype)
         small = np.ascontiguousarray(resize(pixels, self.size).transpose(1, 2, 0))  # (C,H,W) -> (H,W,C)
         return small, crs_name(src.crs.wkt if src.crs else ""), bounds_of(src, p.window)
 
-# %% ../nbs/01_data.ipynb #1226641a
+# %% ../nbs/01_data.ipynb #d15ff796
 def check_fit(
     tiles:Tiles,
 )->Tiles:         # the same
@@ -541,7 +542,7 @@ class Cache:
         "Path, window and reason of what was left out."
         with open(self.folder/"skipped.csv", encoding="utf-8", newline="") as f: return list(csv.DictReader(f))
 
-# %% ../nbs/01_data.ipynb #bb0ba48f
+# %% ../nbs/01_data.ipynb #04015b6a
 CACHE_VERSION = 2
 
 def load_cache(
@@ -564,7 +565,7 @@ def load_cache(
                  tuple(sys.intern(line[season]) for line in lines), tuple(settings["bands"]),
                  Scale(**settings["scale"]), folder)
 
-# %% ../nbs/01_data.ipynb #026146c5
+# %% ../nbs/01_data.ipynb #e75f43b7
 def check_space(
     folder:Path,
     need:int,    # bytes
@@ -573,7 +574,7 @@ def check_space(
     free = shutil.disk_usage(folder).free
     if free < need: raise OSError(errno.ENOSPC, f"{folder}: {need/1e9:.2f} GB are needed, {free/1e9:.2f} GB are free")
 
-# %% ../nbs/01_data.ipynb #0a0ce3c5
+# %% ../nbs/01_data.ipynb #f1e3f1ea
 def fill_cache(
     part:Part,       # empty, or as far as an earlier call came
     tiles:Tiles,
@@ -594,7 +595,7 @@ def fill_cache(
             tile_done(part)
     if not part.rows: raise ValueError(f"none of {len(tiles)} patches is left, the last one: {tile}")
 
-# %% ../nbs/01_data.ipynb #dcfa1c4d
+# %% ../nbs/01_data.ipynb #969f2e10
 def make_cache(
     out:Path,
     tiles:Tiles,
@@ -615,7 +616,6 @@ def make_cache(
             for path, reason in problems: part.skip(path, "", f"unreadable: {reason}")
         fill_cache(part, tiles, workers, strict)
         finish_part(part)
-    except KeyboardInterrupt: save_part(part); raise
     except OSError as e:
         if e.errno != errno.ENOSPC: raise
         raise OSError(errno.ENOSPC, f"{e.strerror}: after {part.tiles} of {len(tiles)} patches the disk is full. What is done is "
@@ -623,7 +623,7 @@ def make_cache(
     finally: close_part(part)
     os.rename(folder, out)
 
-# %% ../nbs/01_data.ipynb #86223c45
+# %% ../nbs/01_data.ipynb #aea5830e
 def cache_settings(
     root:str|Path|list[Patch],
     tiles:Tiles,
@@ -664,7 +664,7 @@ def open_cache(
     if skipped := cache.skipped(): print(f"{len(cache.pixels)} patches, {len(skipped)} skipped: see {out/'skipped.csv'}")
     return cache
 
-# %% ../nbs/01_data.ipynb #96aca374
+# %% ../nbs/01_data.ipynb #37c0582d
 def plan_tiles(root, size, bands, scale, season, dtype, file_bands, rules, problems)->Tiles:
     "What is to be read, and how: see `build_cache`. Raises ValueError if there is nothing."
     patches = root if isinstance(root, list) else list_patches(root, size, bands, season, file_bands, problems)
@@ -704,7 +704,7 @@ def build_cache(
             make_cache(out, check_fit(tiles), settings, problems or [], many(len(tiles)) if workers is None else workers, strict)
     return open_cache(out, settings)
 
-# %% ../nbs/01_data.ipynb #2a56d67a
+# %% ../nbs/01_data.ipynb #f41223be
 def choose(
     pixels:Tensor,                  # (N,C,H,W), memory-mapped
     index:Tensor,                   # (M,) int64: which of them
@@ -718,7 +718,7 @@ def choose(
         out[start:start+4096] = pixels.movedim(1, -1).index_select(0, index[start:start+4096]).to(device)
     return out.movedim(-1, 1)
 
-# %% ../nbs/01_data.ipynb #ad849946
+# %% ../nbs/01_data.ipynb #5e76e4c8
 @dataclass(frozen=True)
 class Finding:
     "What is the matter with a data set, in words."
@@ -744,7 +744,7 @@ def likely_scales(
     likely = [n for n in known if share_inside(values, bands, get_scale(n)) > .7]
     return f"They look as if made for the scale {' or '.join(likely)}" if likely else "No scale of ours fits: give lo,hi,gamma"
 
-# %% ../nbs/01_data.ipynb #8a6ae4b0
+# %% ../nbs/01_data.ipynb #b9836ccc
 def check_range(values, bands, scale)->list[Finding]:
     "Are the numbers (C,1,n) such as the scale expects?"
     lo, hi = values.min(), values.max()
@@ -772,7 +772,7 @@ def check_bands(values, bands, scale)->list[Finding]:
     return [Finding("odd", f"the darkest red (reflectance {red:.3f}) is brighter than the darkest blue ({blue:.3f}): red and "
                            "blue are swapped, unless this is a desert")]
 
-# %% ../nbs/01_data.ipynb #c2fd50f6
+# %% ../nbs/01_data.ipynb #38e6a681
 def diagnose(
     dn:np.ndarray,               # (C,H,W) or (N,C,H,W), in the numbers of the files
     bands:tuple[str, ...]=RGB,   # what the channels are meant to be
@@ -797,7 +797,7 @@ def diagnose(
         found.append(Finding("odd", f"{flat:.0%} of the patches are nearly flat: open water? The rule flat drops such tiles"))
     return found
 
-# %% ../nbs/01_data.ipynb #23cb83fd
+# %% ../nbs/01_data.ipynb #56eb69ea
 def examine(
     root:str|Path|list[Patch],  # as for `build_cache`
     bands:tuple[str, ...]=RGB,
@@ -813,7 +813,7 @@ def examine(
     found, read, nodata = [Finding("wrong", reason) for _, reason in problems], [], None
     for p in patches[::max(1, len(patches)//n)][:n]:
         try:
-            with open_image(p.path) as src: nodata, dn = src.nodata, read_window(src, p, bands)
+            with open_image(p.path, holes=bool(p.window)) as src: nodata, dn = src.nodata, read_window(src, p, bands)
             read.append(dn)
         except (ValueError, OSError) as e: found.append(Finding("wrong", str(e)))
     shapes = {dn.shape for dn in read}
