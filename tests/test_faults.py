@@ -187,7 +187,7 @@ def attempt(read):
     return "pixels", f"{out.shape} {hashlib.md5(np.ascontiguousarray(out).tobytes()).hexdigest()}"
 def from_tiles(i):
     out = tiles.__getitems__([i])[0]
-    return out if isinstance(out, str) else out[0].transpose(2, 0, 1)
+    return out if isinstance(out, str) else np.frombuffer(out[0], np.uint16).reshape(side, side, -1).transpose(2, 0, 1)
 memory = int(Path("/proc/self/statm").read_text().split()[0])*4096+2**30  # a gigabyte more than now
 resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 for i, p in enumerate(files[start:], start):
