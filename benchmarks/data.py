@@ -1,8 +1,8 @@
-"""How fast the data side is, and beside what: python benchmarks/data.py [--files 2000] [--full] [--work FOLDER]
+"""How fast the data side is, and beside what: python benchmarks/data.py [--files 2000] [--full] [--all] [--work FOLDER]
 
 Makes a tree laid out as SEN12MS out of random windows of the built-in scene (real pixels, 13 bands, uint16, uncompressed,
 bands interleaved by pixel, 1.7 MB a file) and measures in one run, in turns, medians of several rounds. --full adds a
-tree of 45,753 files (hard links to the others)."""
+tree of 45,753 files, --all one of 180,664 in four seasons (both hard links to the others)."""
 import argparse
 import json
 import os
@@ -24,12 +24,12 @@ from torch.utils.data import DataLoader, Dataset
 from eo_ddpm.data import GDAL, SEASONS, build_cache, crop_patches, draw_patches, find_patches, read_scene, resize
 from eo_ddpm.images import read_index, write_index
 
-STEM, SCENES = SEASONS["summer"], 65
+SCENES = 65
 
 
-def name(k):
+def name(k, stem=SEASONS["summer"]):
     scene = 1+k % SCENES
-    return f"{STEM}/s2_{scene}/{STEM}_s2_{scene}_p{k}.tif"
+    return f"{stem}/s2_{scene}/{stem}_s2_{scene}_p{k}.tif"
 
 
 def make_tree(root, files):
@@ -45,12 +45,13 @@ def make_tree(root, files):
                            transform=transform, interleave="pixel") as dst: dst.write(dn[:, y:y+256, x:x+256])
 
 
-def make_links(root, source, files, n=45_753):
+def make_links(root, source, files, n=45_753, seasons=("summer",)):
     "A tree as large as the summer of SEN12MS, of hard links."
-    for k in range(n):
-        path = root/name(k)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.link(source/name(k % files), path)
+    for season in seasons:
+        for k in range(n):
+            path = root/name(k, SEASONS[season])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.link(source/name(k % files), path)
 
 
 def bare(patches):
@@ -125,7 +126,7 @@ def seconds(f, *args):
 MEMORY = """import json, resource, sys
 from eo_ddpm.data import build_cache
 if __name__ == "__main__":
-    cache = build_cache(sys.argv[1], sys.argv[2], 128, workers=int(sys.argv[3]))
+    cache = build_cache(sys.argv[1], sys.argv[2], 128, season="all", workers=int(sys.argv[3]))
     own = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])  # ru_maxrss would count the parent too
     print(json.dumps([len(cache.pixels), own/1024, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss/1024]))"""
 
@@ -142,6 +143,7 @@ def main():
     parser.add_argument("--files", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--full", action="store_true")
+    parser.add_argument("--all", action="store_true")
     parser.add_argument("--work", help="where the tree of 1.7 MB a file goes (a temporary folder)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.work) as work:
@@ -166,12 +168,13 @@ def main():
 
         print("\n## Peak memory of the builder, MB (process, largest worker)")
         for workers in (0, 2): print(f"{workers} workers:", *(f"{v:.0f}" for v in memory(root, out, workers)))
-        if args.full:
-            links = Path(work)/"links"
-            make_links(links, root, args.files)
+        for wanted, n, seasons in ((args.full, 45_753, ("summer",)), (args.all, 45_166, tuple(SEASONS))):
+            if not wanted: continue
+            links = Path(work)/f"links{len(seasons)}"
+            make_links(links, root, args.files, n, seasons)
             start = time.perf_counter()
-            n, peak, worker = memory(links, out, 2)
-            print(f"{n} files, 2 workers: {peak:.0f}, {worker:.0f} MB, {n/(time.perf_counter()-start):.0f} images/s with start")
+            count, peak, worker = memory(links, out, 2)
+            print(f"{count} files, 2 workers: {peak:.0f}, {worker:.0f} MB, {count/(time.perf_counter()-start):.0f} images/s with start")
 
         print("\n## Listing 45,753 paths, seconds")
         empty = Path(work)/"empty"
@@ -185,7 +188,7 @@ def main():
         assert read_index(out.with_suffix(".csv")) == found
 
         torch.set_num_threads(os.cpu_count())
-        cache = build_cache(links if args.full else root, out, 128)
+        cache = build_cache(Path(work)/"links1" if args.full else root, Path(work)/"fed", 128)
         px = cache.pixels
         print(f"\n## Feeding 128 px batches of 64, images/s, {len(px)} patches in a warm memory map, one process, {torch.get_num_threads()} threads")
         draws = {"uint8": lambda i: crop_patches(px, i, 128), "float32 [-1,1]": lambda i: draw_patches(px, i, 128, "none"),

@@ -222,7 +222,7 @@ def check_holdout(
     if missing := wanted-scenes:
         raise ValueError(f"held-out scenes {sorted(n for _, n in missing)} not among scenes {sorted(n for _, n in scenes)}")
 
-# %% ../nbs/01_data.ipynb #6521e5c1
+# %% ../nbs/01_data.ipynb #6274d08c
 def split_by_scene(
     patches:list[Patch],
     holdout:tuple[int, ...]|dict[str, tuple[int, ...]],  # scene numbers never trained on, or those of each season
@@ -321,7 +321,7 @@ SENSORS = {  # reflectance = gain*dn + offset
     "landsat": (2.75e-5, -.2), "refl": (1., 0.),             # Landsat Collection 2 Level 2; reflectance as it is
 }
 
-# %% ../nbs/01_data.ipynb #294c5604
+# %% ../nbs/01_data.ipynb #fe78422b
 def get_scale(
     name:str,  # "natural", "natural@landsat" or, in digital numbers, "lo,hi,gamma"
 )->Scale:
@@ -342,7 +342,7 @@ def get_scale(
             for end in (SCALES[base].lo, SCALES[base].hi)]
     return Scale(*ends, SCALES[base].gamma, name)
 
-# %% ../nbs/01_data.ipynb #f9b16858
+# %% ../nbs/01_data.ipynb #a295be2e
 def preprocess(
     dn:np.ndarray,  # (3,H,W) uint16 digital numbers: red, green, blue
 )->np.ndarray:      # (H,W,3) uint8
@@ -393,7 +393,7 @@ def pick(
     first, second, mask = first.view(bits), second.view(bits), (-which).to(bits)[:, None, None, None]  # 0: no bit, -1: all
     return (first ^ second).bitwise_and_(mask).bitwise_xor_(first).view(torch.uint8 if bits == torch.uint8 else torch.uint16)
 
-# %% ../nbs/01_data.ipynb #c222c372
+# %% ../nbs/01_data.ipynb #04cdb861
 def draw_patches(
     pixels:Tensor|Subset,       # as for `crop_patches`
     index:Tensor,               # (B,) int64
@@ -430,7 +430,7 @@ def list_patches(
         return find_eurosat(root)
     return find_tiles(root, size, bands, file_bands, problems)
 
-# %% ../nbs/01_data.ipynb #ee29459e
+# %% ../nbs/01_data.ipynb #f8cdbee0
 MAX_NODATA = .01  # share of empty pixels
 MIN_STD = .006    # reflectance (60 dn of Sentinel-2), averaged over the bands: open water varies less
 
@@ -456,7 +456,7 @@ def is_flat(
 RULES = {"nodata": lambda dn, nodata, scale: empty_pixels(dn, nodata).mean() > MAX_NODATA,
          "flat": lambda dn, nodata, scale: is_flat(dn, scale)}
 
-# %% ../nbs/01_data.ipynb #5007c559
+# %% ../nbs/01_data.ipynb #a8fd07c7
 def scale_table(
     scale:Scale,
     bands:tuple[str, ...],
@@ -475,7 +475,7 @@ def look_up(
 
 GDAL = dict(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_CACHEMAX=64)  # no search for side files; 64 MB a worker
 
-# %% ../nbs/01_data.ipynb #dfc5df42
+# %% ../nbs/01_data.ipynb #5930f13c
 class Tiles(Dataset):
     "Patches as a cache wants them: read, put on a scale, resized. What the workers of a DataLoader share out."
     def __init__(self, patches, size, bands, scale, dtype, rules):
@@ -508,7 +508,7 @@ class Tiles(Dataset):
         row = resize(pixels, self.size).transpose(1, 2, 0).tobytes()  # (C,H,W) -> (H,W,C)
         return row, crs_name(src.crs.wkt if src.crs else ""), bounds_of(src, p.window)
 
-# %% ../nbs/01_data.ipynb #07b7e2a6
+# %% ../nbs/01_data.ipynb #fade1699
 def check_fit(
     tiles:Tiles,
 )->Tiles:         # the same
@@ -548,7 +548,7 @@ class Cache:
         "Path, window and reason of what was left out."
         with open(self.folder/"skipped.csv", encoding="utf-8", newline="") as f: return list(csv.DictReader(f))
 
-# %% ../nbs/01_data.ipynb #5db67ff5
+# %% ../nbs/01_data.ipynb #f208014d
 CACHE_VERSION = 2
 
 def load_cache(
@@ -560,18 +560,18 @@ def load_cache(
     meta = json.loads((folder/"cache.json").read_text(encoding="utf-8"))
     if meta["version"] != CACHE_VERSION:
         raise ValueError(f"{folder}: cache version {meta['version']}, expected {CACHE_VERSION}: delete the folder")
-    with open(folder/"index.csv", encoding="utf-8", newline="") as f: header, *lines = csv.reader(f)
+    with open(folder/"index.csv", encoding="utf-8", newline="") as f:
+        scenes = [(sys.intern(row["season"]), int(row["scene"])) for row in csv.DictReader(f)]
     try: pixels = np.load(folder/"pixels.npy", mmap_mode="c")  # "c": changes stay in memory
     except ValueError as e: raise ValueError(f"{folder}/pixels.npy: damaged ({e}): delete the folder") from e
-    if len(pixels) != len(lines):
-        raise ValueError(f"{folder}: {len(pixels)} patches but {len(lines)} lines in index.csv: delete the folder")
-    season, scene = header.index("season"), header.index("scene")
+    if len(pixels) != len(scenes):
+        raise ValueError(f"{folder}: {len(pixels)} patches but {len(scenes)} lines in index.csv: delete the folder")
+    seasons, numbers = zip(*scenes)
     settings = meta["settings"]
-    return Cache(torch.from_numpy(pixels).movedim(-1, 1), torch.tensor([int(line[scene]) for line in lines]),
-                 tuple(sys.intern(line[season]) for line in lines), tuple(settings["bands"]),
+    return Cache(torch.from_numpy(pixels).movedim(-1, 1), torch.tensor(numbers), seasons, tuple(settings["bands"]),
                  Scale(**settings["scale"]), folder)
 
-# %% ../nbs/01_data.ipynb #bd4dc611
+# %% ../nbs/01_data.ipynb #44042211
 def check_space(
     folder:Path,
     need:int,    # bytes
@@ -580,7 +580,7 @@ def check_space(
     free = shutil.disk_usage(folder).free
     if free < need: raise OSError(errno.ENOSPC, f"{folder}: {need/1e9:.2f} GB are needed, {free/1e9:.2f} GB are free")
 
-# %% ../nbs/01_data.ipynb #8149147f
+# %% ../nbs/01_data.ipynb #7bf6a317
 def fill_cache(
     part:Part,       # empty, or as far as an earlier call came
     tiles:Tiles,
@@ -601,7 +601,7 @@ def fill_cache(
             tile_done(part)
     if not part.rows: raise ValueError(f"none of {len(tiles)} patches is left, the last one: {tile}")
 
-# %% ../nbs/01_data.ipynb #78069f09
+# %% ../nbs/01_data.ipynb #d94b6241
 def make_cache(
     out:Path,
     tiles:Tiles,
@@ -629,7 +629,7 @@ def make_cache(
     finally: close_part(part)
     os.rename(folder, out)
 
-# %% ../nbs/01_data.ipynb #cb96727d
+# %% ../nbs/01_data.ipynb #672d5f94
 def cache_settings(
     root:str|Path|list[Patch],
     tiles:Tiles,
@@ -670,7 +670,7 @@ def open_cache(
     if skipped := cache.skipped(): print(f"{len(cache.pixels)} patches, {len(skipped)} skipped: see {out/'skipped.csv'}")
     return cache
 
-# %% ../nbs/01_data.ipynb #93934f40
+# %% ../nbs/01_data.ipynb #a701559c
 def plan_tiles(root, size, bands, scale, season, dtype, file_bands, rules, problems)->Tiles:
     "What is to be read, and how: see `build_cache`. Raises ValueError if there is nothing."
     patches = root if isinstance(root, list) else list_patches(root, size, bands, season, file_bands, problems)
@@ -710,7 +710,7 @@ def build_cache(
             make_cache(out, check_fit(tiles), settings, problems or [], many(len(tiles)) if workers is None else workers, strict)
     return open_cache(out, settings)
 
-# %% ../nbs/01_data.ipynb #4e28bc00
+# %% ../nbs/01_data.ipynb #2d472dfb
 def choose(
     pixels:Tensor,                  # (N,C,H,W), memory-mapped
     index:Tensor,                   # (M,) int64: which of them
@@ -724,7 +724,7 @@ def choose(
         out[start:start+4096] = pixels.movedim(1, -1).index_select(0, index[start:start+4096]).to(device)
     return out.movedim(-1, 1)
 
-# %% ../nbs/01_data.ipynb #bf19b12d
+# %% ../nbs/01_data.ipynb #4027cb70
 @dataclass(frozen=True)
 class Finding:
     "What is the matter with a data set, in words."
@@ -750,7 +750,7 @@ def likely_scales(
     likely = [n for n in known if share_inside(values, bands, get_scale(n)) > .7]
     return f"They look as if made for the scale {' or '.join(likely)}" if likely else "No scale of ours fits: give lo,hi,gamma"
 
-# %% ../nbs/01_data.ipynb #825b000e
+# %% ../nbs/01_data.ipynb #bbef89d9
 def check_range(values, bands, scale)->list[Finding]:
     "Are the numbers (C,1,n) such as the scale expects?"
     lo, hi = values.min(), values.max()
@@ -778,7 +778,7 @@ def check_bands(values, bands, scale)->list[Finding]:
     return [Finding("odd", f"the darkest red (reflectance {red:.3f}) is brighter than the darkest blue ({blue:.3f}): red and "
                            "blue are swapped, unless this is a desert")]
 
-# %% ../nbs/01_data.ipynb #c25492d6
+# %% ../nbs/01_data.ipynb #412c0eb1
 def diagnose(
     dn:np.ndarray,               # (C,H,W) or (N,C,H,W), in the numbers of the files
     bands:tuple[str, ...]=RGB,   # what the channels are meant to be
@@ -803,7 +803,7 @@ def diagnose(
         found.append(Finding("odd", f"{flat:.0%} of the patches are nearly flat: open water? The rule flat drops such tiles"))
     return found
 
-# %% ../nbs/01_data.ipynb #211051e7
+# %% ../nbs/01_data.ipynb #524ff4ac
 def examine(
     root:str|Path|list[Patch],  # as for `build_cache`
     bands:tuple[str, ...]=RGB,

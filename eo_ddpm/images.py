@@ -8,7 +8,7 @@ __all__ = ['S2_BANDS', 'RGB', 'FORMATS', 'WIDTHS', 'LAYOUT', 'SUFFIXES', 'EUROSA
            'read_window', 'read_tile', 'crs_name', 'bounds_of', 'bands_in_file', 'find_tiles', 'find_eurosat',
            'index_row', 'write_index', 'read_index', 'write_patch']
 
-# %% ../nbs/00_images.ipynb #0efa5e98
+# %% ../nbs/00_images.ipynb #9e8b2d9b
 import csv
 import io
 import os
@@ -31,7 +31,7 @@ from . import __version__
 S2_BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12")
 RGB = ("B04", "B03", "B02")  # red 665 nm, green 560 nm, blue 490 nm
 
-# %% ../nbs/00_images.ipynb #b6e82d15
+# %% ../nbs/00_images.ipynb #fefca2f9
 def band_indices(
     bands:tuple[str, ...],              # names, such as ("B04", "B03", "B02")
     available:tuple[str, ...]=S2_BANDS, # the bands of the file, in file order
@@ -43,7 +43,7 @@ def band_indices(
     if unknown: raise ValueError(f"unknown band {unknown}: expected names out of {', '.join(available)}")
     return [available.index(b) for b in bands]
 
-# %% ../nbs/00_images.ipynb #0b02114b
+# %% ../nbs/00_images.ipynb #56054054
 @dataclass(frozen=True, slots=True)
 class Patch:
     "One patch of a data set: where it comes from and how to read it."
@@ -55,7 +55,7 @@ class Patch:
     window:tuple[int, int, int, int]|None=None      # left, top, width, height in pixels; None: the whole file
     label:str="" # a class, or the name of the image it was cut from
 
-# %% ../nbs/00_images.ipynb #953c8718
+# %% ../nbs/00_images.ipynb #0c1fa77c
 FORMATS = {b"II*\0": "GTiff", b"MM\0*": "GTiff", b"II+\0": "GTiff", b"MM\0+": "GTiff",  # TIFF, BigTIFF
            b"\0\0\0\x0c": "JP2OpenJPEG", b"\xffO\xffQ": "JP2OpenJPEG", b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG"}
 
@@ -69,7 +69,7 @@ def image_format(
         if begins.startswith(magic): return driver
     raise ValueError(f"{path}: not a TIFF, JPEG 2000, JPEG or PNG (begins with {begins!r})")
 
-# %% ../nbs/00_images.ipynb #e6e94db6
+# %% ../nbs/00_images.ipynb #4abfd84c
 WIDTHS = np.array([0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8])  # bytes of a value, by TIFF's number for its type
 LAYOUT = (256, 257, 258, 259, 262, 273, 277, 278, 279, 284, 317, 322, 323, 324, 325)  # the tags about size and blocks
 
@@ -96,7 +96,7 @@ def tiff_tags(
         if tag in LAYOUT: tags.setdefault(tag, take(at, f"{order}u{WIDTHS[kind]}", count).astype(np.int64))
     return tags, used
 
-# %% ../nbs/00_images.ipynb #9a1c68cf
+# %% ../nbs/00_images.ipynb #de95d409
 def tiff_blocks(
     tags:dict[int, np.ndarray],
 )->tuple[np.ndarray, np.ndarray, np.ndarray|None]:  # where each block begins, its length; what it must be, if that is known
@@ -115,7 +115,7 @@ def tiff_blocks(
     if not tiled: expected[:, -1] = (h-(down-1)*bh)*line  # the last strip is shorter, or padded
     return at, length, np.where(length == bh*line, length, expected.ravel())
 
-# %% ../nbs/00_images.ipynb #f3d61e2a
+# %% ../nbs/00_images.ipynb #86a10438
 def check_tiff(
     f,           # an open binary file
     holes:bool,  # may blocks be left out, as sparse files do where there is no data?
@@ -136,7 +136,7 @@ def check_tiff(
     begin, end, block = *places[order].T, order < len(blocks)
     if ((begin[1:] < np.maximum.accumulate(end)[:-1]) & (block[1:] | block[:-1])).any(): raise ValueError("blocks on top of each other")
 
-# %% ../nbs/00_images.ipynb #db3e6dff
+# %% ../nbs/00_images.ipynb #caf5d2d9
 @contextmanager
 def open_image(
     path:str|Path,         # a GeoTIFF, JPEG 2000, JPEG or PNG, whatever its file ending
@@ -158,7 +158,7 @@ def open_image(
             raise ValueError(f"{path}: truncated or damaged ({e})") from e
         yield src
 
-# %% ../nbs/00_images.ipynb #e35ff570
+# %% ../nbs/00_images.ipynb #7662858b
 def read_window(
     src,                   # the open file of `p`
     p:Patch,
@@ -217,7 +217,7 @@ def bands_in_file(
     raise ValueError(f"{src.name}: {src.count} bands, expected 13 or exactly {len(bands)}: {', '.join(bands)}; "
                      f"else say which it holds (file_bands)")
 
-# %% ../nbs/00_images.ipynb #35c0eaef
+# %% ../nbs/00_images.ipynb #d878eb56
 def find_tiles(
     root:str|Path,                        # a folder of images of any size
     size:int,                             # pixels of a tile
@@ -299,7 +299,7 @@ def read_index(
         except ValueError as e: raise ValueError(f"{path}, line {number}: {line} is no patch ({e})") from e
     return [patch(number, line) for number, line in enumerate(lines, start=2)]
 
-# %% ../nbs/00_images.ipynb #27a43860
+# %% ../nbs/00_images.ipynb #22ffe81d
 def write_patch(
     path:str|Path,           # a .tif; written whole or not at all
     dn:np.ndarray,           # (C,H,W) of any number type, as `Scale.to_dn` gives it
