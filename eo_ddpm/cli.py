@@ -6,10 +6,10 @@
 __all__ = ['folder', 'data', 'Words', 'Names', 'main', 'data_options', 'sample', 'download', 'index', 'doctor', 'cache', 'paint',
            'sample_images']
 
-# %% ../nbs/13_cli.ipynb #0f1be9bf
+# %% ../nbs/13_cli.ipynb #eab3e1f1
 import click
 
-# %% ../nbs/13_cli.ipynb #eb315f84
+# %% ../nbs/13_cli.ipynb #4703ff83
 class Words(click.Group):
     "A group of commands whose errors are sentences, not tracebacks."
     def invoke(self, ctx):
@@ -28,12 +28,12 @@ def main():
 
     \b
     A first look, without a network:
-      eo-ddpm index $(eo-ddpm sample)       the built-in Sentinel-2 sample
+      eo-ddpm index "$(eo-ddpm sample)"     the built-in Sentinel-2 sample
       eo-ddpm doctor my_images/             is anything wrong with these?
       eo-ddpm cache my_images/ my_cache/    one pass into a memory-mapped cache
     """
 
-# %% ../nbs/13_cli.ipynb #5c398afc
+# %% ../nbs/13_cli.ipynb #d5ee5dc2
 def data_options(command):
     "The options by which commands find and read a data set."
     for option in reversed((
@@ -49,7 +49,7 @@ def data_options(command):
 
 folder, data = click.Path(exists=True, file_okay=False), click.Path(exists=True)
 
-# %% ../nbs/13_cli.ipynb #10e769a1
+# %% ../nbs/13_cli.ipynb #5dd7dffa
 @main.command()
 def sample():
     "Where the built-in Sentinel-2 sample is (cut out on the first call)."
@@ -70,7 +70,7 @@ def download(name, out, mirror):
     elif out is None: raise click.UsageError("say where to: eo-ddpm download NAME OUT")
     else: click.echo(fetch(name, out, mirror=mirror))
 
-# %% ../nbs/13_cli.ipynb #10153be8
+# %% ../nbs/13_cli.ipynb #91d98af6
 @main.command()
 @click.argument("root", type=folder)
 @click.option("--season", default="all", show_default=True, help="spring, summer, fall, winter or all.")
@@ -87,7 +87,7 @@ def index(root, season, sensor, out):
     click.echo(f"{len(patches)} {sensor} patches")
     if out: write_index(patches, out); click.echo(out)
 
-# %% ../nbs/13_cli.ipynb #06dcde78
+# %% ../nbs/13_cli.ipynb #9d1dac22
 @main.command()
 @click.argument("root", type=data)
 @data_options
@@ -103,13 +103,13 @@ def doctor(ctx, root, bands, file_bands, scale, season, size, n):
     if not found: click.echo(f"nothing wrong on the scale {scale}")
     ctx.exit(int(any(finding.level == "wrong" for finding in found)))
 
-# %% ../nbs/13_cli.ipynb #14b613ad
+# %% ../nbs/13_cli.ipynb #37431f01
 @main.command()
-@click.argument("root", type=folder)
+@click.argument("root", type=data)
 @click.argument("out", type=click.Path(file_okay=False))
 @data_options
 @click.option("--dtype", type=click.Choice(["uint8", "uint16"]), default="uint8", show_default=True)
-@click.option("--workers", type=int, help="Processes; all cores if not given.")
+@click.option("--workers", type=int, help="Processes; as many as there are cores if not given, none for fewer than 1000 patches.")
 @click.option("--strict", is_flag=True, help="Stop at a bad file instead of naming and skipping it.")
 def cache(root, out, bands, file_bands, scale, season, size, dtype, workers, strict):
     """Read the images in ROOT once, into the memory-mapped cache OUT.
@@ -120,7 +120,7 @@ def cache(root, out, bands, file_bands, scale, season, size, dtype, workers, str
     made = build_cache(root, out, size, bands, get_scale(scale), season, dtype, file_bands, None, workers, strict)
     click.echo(f"{len(made.pixels)} patches of {size} x {size} pixels, {', '.join(bands)}, {dtype}: {out}")
 
-# %% ../nbs/13_cli.ipynb #c5c04739
+# %% ../nbs/13_cli.ipynb #c96101a3
 def paint(run, n, steps, seed, device, batch=25):
     "n samples (n,C,H,W) of a run's averaged network, the first ones the same whatever n is."
     import torch
@@ -134,7 +134,7 @@ def paint(run, n, steps, seed, device, batch=25):
         parts.append(ddim_sample(network, schedule, noise, config.objective, generator=generator, steps=steps, eta=1.).cpu())
     return torch.cat(parts)[:n]
 
-# %% ../nbs/13_cli.ipynb #35db921d
+# %% ../nbs/13_cli.ipynb #b7c07fe6
 @main.command()
 @click.argument("run", type=folder)
 @click.option("-n", default=25, show_default=True, help="How many.")
@@ -147,15 +147,17 @@ def sample_images(run, n, steps, seed, out, geotiff, device):
     "Paint new patches with the network of a training RUN."
     from pathlib import Path
     from eo_ddpm.data import Scale
-    from eo_ddpm.images import write_patch
+    from eo_ddpm.images import RGB, band_indices, write_patch
     from eo_ddpm.plot import save_grid
     from eo_ddpm.training import best_device, read_info
     x0, info = paint(run, n, steps, seed, device or best_device()), read_info(run)
-    save_grid(out, x0[:, :3], zoom=4)
+    bands, scale = tuple(info["bands"]), Scale(**info["scale"])
+    save_grid(out, x0[:, band_indices(RGB, bands)] if set(RGB) <= set(bands) else x0[:, :3], zoom=4)
     click.echo(out)
     if not geotiff: return
-    bands, scale = tuple(info["bands"]), Scale(**info["scale"])
+    lo, hi = scale.window(bands)
+    dtype = "uint16" if lo.min() >= 0 and hi.max() > 255 else "float32"  # reflectances and decibels keep their fractions
     Path(geotiff).mkdir(parents=True, exist_ok=True)
     for i, dn in enumerate(scale.to_dn(x0, bands)):
-        write_patch(Path(geotiff)/f"synthetic_{i:04d}.tif", dn, bands, run=run, seed=seed, number=i, steps=steps)
+        write_patch(Path(geotiff)/f"synthetic_{i:04d}.tif", dn, bands, dtype, run=run, seed=seed, number=i, steps=steps)
     click.echo(geotiff)

@@ -8,10 +8,10 @@ __all__ = ['SCENE', 'OLD_IMP', 'SEASONS', 'SENSOR_BANDS', 'SEN12MS_HOLDOUT', 'PA
            'fetch_scene', 'sample_bands', 'find_patches', 'read_scene', 'choose_patches', 'write_sample', 'sample_root',
            'read_patch', 'holds_out', 'check_holdout', 'split_by_scene', 'resize', 'check_type', 'pixels_to_x0',
            'check_x0', 'Scale', 'get_scale', 'preprocess', 'read_pixels', 'sample_pixels', 'crop_patches', 'pick',
-           'draw_patches', 'list_patches', 'empty_pixels', 'is_flat', 'scale_table', 'look_up', 'Tiles', 'check_fit',
-           'Cache', 'load_cache', 'check_space', 'fill_cache', 'make_cache', 'cache_settings', 'what_differs',
-           'default_folder', 'open_cache', 'plan_tiles', 'many', 'build_cache', 'choose', 'Finding', 'share_inside',
-           'likely_scales', 'check_range', 'check_bands', 'diagnose', 'examine', 'S2_BANDS', 'RGB', 'Patch']
+           'draw_patches', 'list_patches', 'empty_pixels', 'is_flat', 'scale_table', 'look_up', 'Tiles', 'share_inside',
+           'check_fit', 'Cache', 'load_cache', 'check_space', 'fill_cache', 'make_cache', 'cache_settings',
+           'what_differs', 'default_folder', 'open_cache', 'plan_tiles', 'default_workers', 'build_cache', 'choose',
+           'Finding', 'likely_scales', 'check_range', 'check_bands', 'diagnose', 'examine', 'S2_BANDS', 'RGB', 'Patch']
 
 # %% ../nbs/01_data.ipynb #dd8a2e0d
 import csv
@@ -19,6 +19,7 @@ import errno
 import hashlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -190,14 +191,12 @@ def read_patch(
 
     Raises FileNotFoundError, or ValueError that names the file and what was expected: not a TIFF, other than
     13 bands, other than uint16, truncated, or an unknown band."""
-    rows = [i+1 for i in band_indices(bands)]
     with open_image(path) as src:
         if src.count != len(S2_BANDS):
             raise ValueError(f"{path}: {src.count} bands, expected the 13 of a SEN12MS s2 file")
         if src.dtypes[0] != "uint16":
             raise ValueError(f"{path}: pixels are {src.dtypes[0]}, expected uint16 digital numbers")
-        try: return src.read(rows)
-        except RasterioError as e: raise ValueError(f"{path}: truncated or damaged ({e})") from e
+        return read_window(src, Patch("", 0, 0, Path(path)), bands)
 
 # %% ../nbs/01_data.ipynb #d0605966
 def holds_out(
@@ -220,9 +219,10 @@ def check_holdout(
         holdout = {season: holdout for season in seasons}
     wanted = {(season, scene) for season in holdout for scene in holdout[season]}
     if missing := wanted-scenes:
-        raise ValueError(f"held-out scenes {sorted(n for _, n in missing)} not among scenes {sorted(n for _, n in scenes)}")
+        names = ", ".join(f"{n} ({season})" if season else str(n) for season, n in sorted(missing))
+        raise ValueError(f"held-out scenes {names} not among scenes {sorted(n for _, n in scenes)}")
 
-# %% ../nbs/01_data.ipynb #6274d08c
+# %% ../nbs/01_data.ipynb #6719ba14
 def split_by_scene(
     patches:list[Patch],
     holdout:tuple[int, ...]|dict[str, tuple[int, ...]],  # scene numbers never trained on, or those of each season
@@ -313,6 +313,7 @@ SCALES = {
     "report": Scale(0, 5000, 1/2.2, "report"),
     "natural": Scale({"B04": 250, "B03": 420, "B02": 680, "B08": 150},
                      {"B04": 1900, "B03": 1800, "B02": 1900, "B08": 4000}, 1/1.6, "natural"),
+    "surface": Scale(0, {"B04": 2500, "B03": 2200, "B02": 2000, "B08": 4500}, 1/1.6, "surface"),  # Level 2: no air's light
     "reflectance": Scale(0, 10000, 1., "reflectance"),
     "bytes": Scale(0, 255, 1., "bytes"),  # pictures that somebody has already stretched, as EuroSAT's
 }
@@ -321,7 +322,7 @@ SENSORS = {  # reflectance = gain*dn + offset
     "landsat": (2.75e-5, -.2), "refl": (1., 0.),             # Landsat Collection 2 Level 2; reflectance as it is
 }
 
-# %% ../nbs/01_data.ipynb #fe78422b
+# %% ../nbs/01_data.ipynb #d31ad050
 def get_scale(
     name:str,  # "natural", "natural@landsat" or, in digital numbers, "lo,hi,gamma"
 )->Scale:
@@ -342,7 +343,7 @@ def get_scale(
             for end in (SCALES[base].lo, SCALES[base].hi)]
     return Scale(*ends, SCALES[base].gamma, name)
 
-# %% ../nbs/01_data.ipynb #a295be2e
+# %% ../nbs/01_data.ipynb #c9ad1d41
 def preprocess(
     dn:np.ndarray,  # (3,H,W) uint16 digital numbers: red, green, blue
 )->np.ndarray:      # (H,W,3) uint8
@@ -393,7 +394,7 @@ def pick(
     first, second, mask = first.view(bits), second.view(bits), (-which).to(bits)[:, None, None, None]  # 0: no bit, -1: all
     return (first ^ second).bitwise_and_(mask).bitwise_xor_(first).view(torch.uint8 if bits == torch.uint8 else torch.uint16)
 
-# %% ../nbs/01_data.ipynb #04cdb861
+# %% ../nbs/01_data.ipynb #a581ca7a
 def draw_patches(
     pixels:Tensor|Subset,       # as for `crop_patches`
     index:Tensor,               # (B,) int64
@@ -423,14 +424,18 @@ def list_patches(
     problems:list|None=None,              # see `find_tiles`
 )->list[Patch]:
     "What a cache will hold, whatever `root` is. Raises FileNotFoundError if there is nothing to read."
-    root = Path(root)
+    root = Path(root).resolve()
     if root.suffix == ".csv": return read_index(root)
-    if any((root/f"{stem}{end}").is_dir() for stem in SEASONS.values() for end in ("", "_s2")): return find_patches(root, season)
-    if any((root/folder).is_dir() for folder in EUROSAT_CLASSES) or any(root.glob(f"*/{EUROSAT_CLASSES[0]}")):
-        return find_eurosat(root)
+    for name, stem in SEASONS.items():  # the folder of one season: its parent is the data set
+        if root.name in (stem, f"{stem}_s2"): root, season = root.parent, name
+    known = any((root/f"{stem}{end}").is_dir() for stem in SEASONS.values() for end in ("", "_s2"))
+    eurosat = any((root/folder).is_dir() for folder in EUROSAT_CLASSES) or any(root.glob(f"*/{EUROSAT_CLASSES[0]}"))
+    if file_bands and (known or eurosat): raise ValueError(f"{root}: file_bands is for your own images, these have their order")
+    if known: return find_patches(root, season)
+    if eurosat: return find_eurosat(root)
     return find_tiles(root, size, bands, file_bands, problems)
 
-# %% ../nbs/01_data.ipynb #f8cdbee0
+# %% ../nbs/01_data.ipynb #4363a758
 MAX_NODATA = .01  # share of empty pixels
 MIN_STD = .006    # reflectance (60 dn of Sentinel-2), averaged over the bands: open water varies less
 
@@ -448,15 +453,15 @@ def is_flat(
     dn:np.ndarray,       # (C,H,W)
     scale:Scale,         # tells the sensor
 )->bool:
-    "Does the patch vary less than MIN_STD? Numbers of an unknown sensor pass for reflectances if they have a fraction."
+    "Does the patch vary less than MIN_STD? Numbers of an unknown sensor are taken for reflectances if they have a fraction."
     sensor = scale.name.partition("@")[2] or ("sentinel2" if dn.dtype.kind in "iu" else "refl")
-    gain = 1/255 if scale.name == "bytes" else SENSORS[sensor][0]
+    gain = 1/255 if scale.name == "bytes" or dn.dtype == np.uint8 else SENSORS[sensor][0]
     return gain*dn.std((1, 2), dtype=np.float64).mean() < MIN_STD
 
 RULES = {"nodata": lambda dn, nodata, scale: empty_pixels(dn, nodata).mean() > MAX_NODATA,
          "flat": lambda dn, nodata, scale: is_flat(dn, scale)}
 
-# %% ../nbs/01_data.ipynb #a8fd07c7
+# %% ../nbs/01_data.ipynb #32bdcf8b
 def scale_table(
     scale:Scale,
     bands:tuple[str, ...],
@@ -475,7 +480,7 @@ def look_up(
 
 GDAL = dict(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_CACHEMAX=64)  # no search for side files; 64 MB a worker
 
-# %% ../nbs/01_data.ipynb #5930f13c
+# %% ../nbs/01_data.ipynb #95c989b4
 class Tiles(Dataset):
     "Patches as a cache wants them: read, put on a scale, resized. What the workers of a DataLoader share out."
     def __init__(self, patches, size, bands, scale, dtype, rules):
@@ -491,7 +496,8 @@ class Tiles(Dataset):
     def open(self, p):
         "The file read last stays open: neighbouring tiles mostly come from it."
         if self.path != p.path:
-            self.path, self.stack = None, self.stack and self.stack.close() or ExitStack()
+            if self.stack: self.stack.close()
+            self.path, self.stack = None, ExitStack()
             self.src = self.stack.enter_context(open_image(p.path, in_memory=not p.window, holes=bool(p.window)))
             self.path = p.path
         return self.src
@@ -504,22 +510,34 @@ class Tiles(Dataset):
             if RULES[rule](dn, src.nodata, self.scale): return rule
         if dn.shape[1] != dn.shape[2]: return f"unreadable: {p.path}: {dn.shape[1]} x {dn.shape[2]} pixels, expected a square"
         if dn.dtype.kind == "f" and not np.isfinite(dn).all(): return f"unreadable: {p.path}: pixels that are not a number"
-        pixels = look_up(self.table, dn) if dn.dtype.kind == "u" else self.scale.to_pixels(dn, self.bands, self.dtype)
+        pixels = look_up(self.table, dn) if dn.dtype in (np.uint8, np.uint16) else self.scale.to_pixels(dn, self.bands, self.dtype)
         row = resize(pixels, self.size).transpose(1, 2, 0).tobytes()  # (C,H,W) -> (H,W,C)
         return row, crs_name(src.crs.wkt if src.crs else ""), bounds_of(src, p.window)
 
-# %% ../nbs/01_data.ipynb #fade1699
+# %% ../nbs/01_data.ipynb #42792649
+def share_inside(
+    values:np.ndarray,       # (C,1,n) in the numbers of the files
+    bands:tuple[str, ...],
+    scale:Scale,
+)->float:
+    "How many of the values become neither black nor white as bytes."
+    unit = scale.to_unit(values, bands)
+    return float(((unit > .5/255) & (unit < 254.5/255)).mean())
+
 def check_fit(
     tiles:Tiles,
 )->Tiles:         # the same
     "Eight patches on trial, before minutes are spent. Raises ValueError if nothing is to be seen on this scale."
     for names in {p.bands for p in tiles.patches}: band_indices(tiles.bands, names)
-    few = Tiles(tiles.patches[::max(1, len(tiles)//8)], tiles.size, tiles.bands, tiles.scale, tiles.dtype, rules=())
-    seen = [(p, np.frombuffer(tile[0], tiles.dtype)) for p in few.patches if not isinstance(tile := few.read(p), str)]
-    if seen and len(found := np.unique([(pixels.min(), pixels.max()) for _, pixels in seen])) == 1:
-        dn = read_tile(seen[0][0], tiles.bands)
-        raise ValueError(f"every pixel became {found[0]} on scale {tiles.scale.name!r}: it does not fit values like "
-                         f"those of {seen[0][0].path}, {dn.min():.4g} to {dn.max():.4g} (eo-ddpm doctor says more)")
+    seen = []  # of each, the share of values that are neither black nor white
+    for p in tiles.patches[::max(1, len(tiles)//8)]:
+        try: dn = read_tile(p, tiles.bands)
+        except (ValueError, OSError): continue  # named later, in its turn
+        if dn.shape[1] < tiles.size: raise ValueError(f"{p.path}: {dn.shape[1]} pixels, expected at least size = {tiles.size}")
+        seen.append(share_inside(dn.reshape(len(dn), 1, -1), tiles.bands, tiles.scale))
+    if seen and max(seen) < .02:
+        raise ValueError(f"on scale {tiles.scale.name!r} everything becomes black or white: it does not fit values like those of "
+                         f"{p.path}, {dn.min():.4g} to {dn.max():.4g} (eo-ddpm doctor says more)")
     return tiles
 
 # %% ../nbs/01_data.ipynb #14b78dfb
@@ -536,7 +554,7 @@ class Cache:
     def split(self, holdout:tuple[int, ...]|dict[str, tuple[int, ...]])->tuple[Tensor, Tensor]:
         "Positions (int64) of the training patches and of the held-out ones, by scene."
         scenes = list(zip(self.seasons, self.scenes.tolist()))
-        if len(set(self.seasons)) > 1: check_holdout(holdout, set(scenes))
+        check_holdout(holdout, set(scenes))
         held = torch.tensor([holds_out(holdout, *scene) for scene in scenes])
         return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
 
@@ -548,7 +566,7 @@ class Cache:
         "Path, window and reason of what was left out."
         with open(self.folder/"skipped.csv", encoding="utf-8", newline="") as f: return list(csv.DictReader(f))
 
-# %% ../nbs/01_data.ipynb #f208014d
+# %% ../nbs/01_data.ipynb #0cbbb665
 CACHE_VERSION = 2
 
 def load_cache(
@@ -571,7 +589,7 @@ def load_cache(
     return Cache(torch.from_numpy(pixels).movedim(-1, 1), torch.tensor(numbers), seasons, tuple(settings["bands"]),
                  Scale(**settings["scale"]), folder)
 
-# %% ../nbs/01_data.ipynb #44042211
+# %% ../nbs/01_data.ipynb #cae5c7eb
 def check_space(
     folder:Path,
     need:int,    # bytes
@@ -580,7 +598,7 @@ def check_space(
     free = shutil.disk_usage(folder).free
     if free < need: raise OSError(errno.ENOSPC, f"{folder}: {need/1e9:.2f} GB are needed, {free/1e9:.2f} GB are free")
 
-# %% ../nbs/01_data.ipynb #7bf6a317
+# %% ../nbs/01_data.ipynb #a252e7c3
 def fill_cache(
     part:Part,       # empty, or as far as an earlier call came
     tiles:Tiles,
@@ -589,9 +607,10 @@ def fill_cache(
 ):
     "Read on from the last save point. Raises ValueError in strict mode, or if nothing is left."
     loader = DataLoader(tiles, sampler=range(part.tiles, len(tiles)), batch_size=16, collate_fn=list, num_workers=workers,
-                        prefetch_factor=2 + 2**21//part.row_bytes if workers else None)  # some 32 MB ahead of the writer
+                        prefetch_factor=2 + 2**21//part.row_bytes if workers else None)  # some 32 MB a worker ahead
     queue = iter(tqdm(tiles.patches[part.tiles:], desc="cache", unit="patch", initial=part.tiles, total=len(tiles), delay=3,
                       leave=False))
+    tile = ""
     for chunk in loader:
         for tile in chunk:
             if strict and isinstance(tile, str) and tile not in RULES: raise ValueError(tile)
@@ -601,7 +620,7 @@ def fill_cache(
             tile_done(part)
     if not part.rows: raise ValueError(f"none of {len(tiles)} patches is left, the last one: {tile}")
 
-# %% ../nbs/01_data.ipynb #d94b6241
+# %% ../nbs/01_data.ipynb #c4278acf
 def make_cache(
     out:Path,
     tiles:Tiles,
@@ -629,7 +648,7 @@ def make_cache(
     finally: close_part(part)
     os.rename(folder, out)
 
-# %% ../nbs/01_data.ipynb #672d5f94
+# %% ../nbs/01_data.ipynb #e8f762a0
 def cache_settings(
     root:str|Path|list[Patch],
     tiles:Tiles,
@@ -641,7 +660,7 @@ def cache_settings(
     base = str(Path(root).resolve()) if whole else os.path.commonpath([p.parent for p in paths])
     names = hashlib.sha256("\n".join(os.path.relpath(p, base) for p in paths).encode()).hexdigest()[:16]
     return dict(root=base, size=tiles.size, bands=tiles.bands, scale=asdict(tiles.scale), season=season, dtype=tiles.dtype,
-                rules=tiles.rules, tiles=len(tiles), files=names, bytes=sum(os.path.getsize(p) for p in paths))
+                rules=tiles.rules, tiles=len(tiles), files=names, bytes=sum(os.path.getsize(p) if os.path.exists(p) else 0 for p in paths))
 
 def what_differs(
     folder:Path,    # of a cache, whole or in the making
@@ -670,7 +689,7 @@ def open_cache(
     if skipped := cache.skipped(): print(f"{len(cache.pixels)} patches, {len(skipped)} skipped: see {out/'skipped.csv'}")
     return cache
 
-# %% ../nbs/01_data.ipynb #a701559c
+# %% ../nbs/01_data.ipynb #3f553ef0
 def plan_tiles(root, size, bands, scale, season, dtype, file_bands, rules, problems)->Tiles:
     "What is to be read, and how: see `build_cache`. Raises ValueError if there is nothing."
     patches = root if isinstance(root, list) else list_patches(root, size, bands, season, file_bands, problems)
@@ -678,9 +697,10 @@ def plan_tiles(root, size, bands, scale, season, dtype, file_bands, rules, probl
     if rules is None: rules = tuple(RULES) if any(p.window for p in patches) else ()
     return Tiles(patches, size, bands, scale, dtype, rules)
 
-def many(n:int)->int:
-    "Workers for n patches: starting them takes longer than to read a few hundred."
-    return os.cpu_count() if n >= 1000 else 0
+def default_workers(n:int)->int:
+    "For n patches: none for a few, whose reading is quicker than a start; all cores; four where each loads torch anew."
+    if n < 1000: return 0
+    return os.cpu_count() or 1 if multiprocessing.get_start_method() == "fork" else min(os.cpu_count() or 1, 4)
 
 # %% ../nbs/01_data.ipynb #b69b69a2
 def build_cache(
@@ -706,11 +726,12 @@ def build_cache(
     out = Path(out or default_folder(settings))
     out.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(out.with_name(f".{out.name}.lock")):  # a second process waits for the first, then uses its cache
+        if out.is_dir() and not any(out.iterdir()): out.rmdir()
         if not out.exists():
-            make_cache(out, check_fit(tiles), settings, problems or [], many(len(tiles)) if workers is None else workers, strict)
+            make_cache(out, check_fit(tiles), settings, problems or [], default_workers(len(tiles)) if workers is None else workers, strict)
     return open_cache(out, settings)
 
-# %% ../nbs/01_data.ipynb #2d472dfb
+# %% ../nbs/01_data.ipynb #0b3f1ff0
 def choose(
     pixels:Tensor,                  # (N,C,H,W), memory-mapped
     index:Tensor,                   # (M,) int64: which of them
@@ -724,33 +745,26 @@ def choose(
         out[start:start+4096] = pixels.movedim(1, -1).index_select(0, index[start:start+4096]).to(device)
     return out.movedim(-1, 1)
 
-# %% ../nbs/01_data.ipynb #4027cb70
+# %% ../nbs/01_data.ipynb #3ba22d45
 @dataclass(frozen=True)
 class Finding:
     "What is the matter with a data set, in words."
     level:str  # "wrong": do not train on this; "odd": look first
     text:str
 
-def share_inside(
-    values:np.ndarray,       # (C,1,n) in the numbers of the files
-    bands:tuple[str, ...],
-    scale:Scale,
-)->float:
-    "How many of the values become neither black nor white as bytes."
-    unit = scale.to_unit(values, bands)
-    return float(((unit > .5/255) & (unit < 254.5/255)).mean())
-
 def likely_scales(
     values:np.ndarray,
     bands:tuple[str, ...],
 )->str:
     "In words, which scales these numbers would fit."
-    names = ["natural", *(f"natural@{sensor}" for sensor in SENSORS if sensor != "sentinel2"), "bytes"]
-    known = [n for n in names if n == "bytes" or set(bands) <= set(SCALES["natural"].lo)]
-    likely = [n for n in known if share_inside(values, bands, get_scale(n)) > .7]
+    bases = ("natural", "surface") if set(bands) <= set(SCALES["natural"].lo) else ()
+    names = [base if sensor == "sentinel2" else f"{base}@{sensor}" for sensor in SENSORS for base in bases] + ["bytes"]
+    spread = {name: get_scale(name).to_unit(values, bands).std() for name in names
+              if share_inside(values, bands, get_scale(name)) > .7}
+    likely = [name for name in spread if spread[name] > .7*max(spread.values())]
     return f"They look as if made for the scale {' or '.join(likely)}" if likely else "No scale of ours fits: give lo,hi,gamma"
 
-# %% ../nbs/01_data.ipynb #bbef89d9
+# %% ../nbs/01_data.ipynb #41f3e9c0
 def check_range(values, bands, scale)->list[Finding]:
     "Are the numbers (C,1,n) such as the scale expects?"
     lo, hi = values.min(), values.max()
@@ -770,15 +784,15 @@ def check_range(values, bands, scale)->list[Finding]:
     return found
 
 def check_bands(values, bands, scale)->list[Finding]:
-    "Is blue where blue should be? Air adds most light in blue: its darkest pixels are the brightest of the three."
-    if not {"B04", "B02"} <= set(bands) or scale.name == "bytes": return []
-    gain, _ = SENSORS.get(scale.name.partition("@")[2] or "sentinel2", SENSORS["sentinel2"])
-    red, blue = (gain*np.percentile(values[bands.index(b)], 1) for b in ("B04", "B02"))
+    "Is blue where blue should be? Seen through air (Level 1) its darkest pixels are the brightest of the three."
+    if not {"B04", "B02"} <= set(bands) or not scale.name.startswith(("natural", "report")): return []
+    gain, offset = SENSORS.get(scale.name.partition("@")[2] or "sentinel2", SENSORS["sentinel2"])
+    red, blue = (gain*np.percentile(values[bands.index(b)], 1) + offset for b in ("B04", "B02"))
     if red < blue+.01: return []
     return [Finding("odd", f"the darkest red (reflectance {red:.3f}) is brighter than the darkest blue ({blue:.3f}): red and "
                            "blue are swapped, unless this is a desert")]
 
-# %% ../nbs/01_data.ipynb #412c0eb1
+# %% ../nbs/01_data.ipynb #22a71921
 def diagnose(
     dn:np.ndarray,               # (C,H,W) or (N,C,H,W), in the numbers of the files
     bands:tuple[str, ...]=RGB,   # what the channels are meant to be
@@ -794,16 +808,16 @@ def diagnose(
     broken, empty = ~np.isfinite(every).all(0), empty_pixels(every, nodata)
     if broken.any(): found.append(Finding("wrong", f"{broken.sum()} of {broken.size} pixels are not a number"))
     if (share := (empty & ~broken).mean()) > MAX_NODATA:
-        found.append(Finding("odd", f"{share:.1%} of the pixels are empty (nodata): the rule nodata drops such tiles"))
+        found.append(Finding("odd", f"{share:.1%} of the pixels are empty (nodata): the rule nodata would drop such tiles of your own images"))
     values = every[:, ~empty][:, None].astype(np.float32)
     if not values.size: return found+[Finding("wrong", "no pixel is left to look at")]
     found += check_range(values, bands, scale) + check_bands(values, bands, scale)
     flat = np.mean([is_flat(patch, scale) for patch in dn])
     if flat > .5 and not any(f.level == "wrong" for f in found):
-        found.append(Finding("odd", f"{flat:.0%} of the patches are nearly flat: open water? The rule flat drops such tiles"))
+        found.append(Finding("odd", f"{flat:.0%} of the patches are nearly flat: open water? The rule flat would drop such tiles of your own images"))
     return found
 
-# %% ../nbs/01_data.ipynb #524ff4ac
+# %% ../nbs/01_data.ipynb #6656d0d3
 def examine(
     root:str|Path|list[Patch],  # as for `build_cache`
     bands:tuple[str, ...]=RGB,

@@ -6,7 +6,7 @@
 __all__ = ['SAVE_EVERY', 'FILES', 'cache_dir', 'new_folder', 'csv_line', 'replace_text', 'npy_header', 'last_save', 'Part',
            'save_part', 'tile_done', 'finish_part', 'close_part']
 
-# %% ../nbs/00_store.ipynb #cf8524ad
+# %% ../nbs/00_store.ipynb #966e809c
 import csv
 import errno
 import io
@@ -41,7 +41,7 @@ def new_folder(
             if not folder.is_dir(): raise
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../nbs/00_store.ipynb #e534ae22
+# %% ../nbs/00_store.ipynb #7dd52fef
 SAVE_EVERY = 5.  # seconds between two save points
 
 def csv_line(*values)->bytes:
@@ -58,7 +58,7 @@ def replace_text(path:Path, text:str):
         f.flush(); os.fsync(f.fileno())
     os.replace(tmp, path)
 
-# %% ../nbs/00_store.ipynb #92f05701
+# %% ../nbs/00_store.ipynb #06d5bb0b
 FILES = ("pixels.npy", "index.csv", "skipped.csv")  # the order in which they are confirmed
 
 def npy_header(
@@ -80,7 +80,7 @@ def last_save(
     length = lambda name: (folder/name).stat().st_size if (folder/name).is_file() else -1
     return saved if all(length(name) >= size for name, size in saved.get("sizes", {}).items()) else {}
 
-# %% ../nbs/00_store.ipynb #79474808
+# %% ../nbs/00_store.ipynb #ccba0ce1
 class Part:
     "A cache that is being built: three files that grow, and a note of how far they can be trusted."
     def __init__(self,
@@ -110,7 +110,7 @@ class Part:
         self.files["index.csv"].write(csv_line(*line))
         self.rows += 1
 
-# %% ../nbs/00_store.ipynb #4de01ea4
+# %% ../nbs/00_store.ipynb #89b0cc01
 def save_part(part:Part):
     "A save point: confirm the files, then note how long they are."
     for f in part.files.values(): f.flush(); os.fsync(f.fileno())

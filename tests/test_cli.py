@@ -123,3 +123,22 @@ def test_painting_from_a_run(trained, tmp_path):
             assert a.descriptions == ("B04", "B03", "B02", "B08") and a.tags()["SYNTHETIC"] == "yes" and a.crs is None
             assert a.read().max() <= 10000
     assert run("sample-images", tmp_path)[0] == 1  # a folder, but no run
+
+
+def test_a_saved_list_goes_into_a_cache(tmp_path):
+    "Catches a command that promises to take what `index` has saved, and refuses it."
+    root = write_sen12ms(tmp_path/"tree")
+    run("index", root, "--out", tmp_path/"index.csv")
+    assert run("cache", tmp_path/"index.csv", tmp_path/"c", "--size", 32)[0] == 0
+    assert len(load_cache(tmp_path/"c").pixels) == 5
+
+
+def test_painted_reflectances_keep_their_fractions(trained, tmp_path):
+    "Catches reflectances of .1 rounded to whole numbers: every GeoTIFF would be 0."
+    import shutil
+    shutil.copytree(trained, tmp_path/"run")
+    config = json.loads((tmp_path/"run/config.json").read_text(encoding="utf-8"))
+    config["scale"] = dict(lo=0., hi=1., gamma=1., name="custom")
+    (tmp_path/"run/config.json").write_text(json.dumps(config), encoding="utf-8")
+    run("sample-images", tmp_path/"run", "--steps", 2, "-n", 1, "--device", "cpu", "--out", tmp_path/"a.png", "--geotiff", tmp_path/"tifs")
+    with rasterio.open(tmp_path/"tifs/synthetic_0000.tif") as src: assert src.dtypes[0] == "float32" and 0 < src.read().std() < 1
