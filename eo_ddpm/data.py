@@ -9,9 +9,9 @@ __all__ = ['SCENE', 'OLD_IMP', 'SEASONS', 'SENSOR_BANDS', 'SEN12MS_HOLDOUT', 'PA
            'read_patch', 'holds_out', 'check_holdout', 'split_by_scene', 'resize', 'check_type', 'pixels_to_x0',
            'check_x0', 'Scale', 'get_scale', 'preprocess', 'read_pixels', 'sample_pixels', 'crop_patches', 'pick',
            'draw_patches', 'list_patches', 'empty_pixels', 'is_flat', 'scale_table', 'look_up', 'Tiles', 'share_inside',
-           'check_fit', 'Cache', 'load_cache', 'check_space', 'fill_cache', 'make_cache', 'cache_settings',
-           'what_differs', 'default_folder', 'open_cache', 'plan_tiles', 'default_workers', 'build_cache', 'choose',
-           'Finding', 'likely_scales', 'check_range', 'check_bands', 'diagnose', 'examine', 'S2_BANDS', 'RGB', 'Patch']
+           'check_fit', 'Cache', 'load_cache', 'fill_cache', 'make_cache', 'cache_settings', 'what_differs',
+           'default_folder', 'open_cache', 'plan_tiles', 'default_workers', 'build_cache', 'choose', 'Finding',
+           'likely_scales', 'check_range', 'check_bands', 'diagnose', 'examine', 'S2_BANDS', 'RGB', 'Patch']
 
 # %% ../nbs/01_data.ipynb #dd8a2e0d
 import csv
@@ -46,7 +46,7 @@ from tqdm import tqdm
 from .images import (EUROSAT_CLASSES, INDEX, RGB, S2_BANDS, Patch, band_indices, bounds_of, crs_name,
                             find_eurosat, find_tiles, index_row, open_image, read_index, read_tile, read_window,
                             write_patch)
-from .store import (Part, cache_dir, close_part, finish_part, new_folder, replace_text, tile_done)
+from .store import (Part, cache_dir, check_disk, close_part, finish_part, new_folder, replace_text, tile_done)
 
 _all_ = ["S2_BANDS", "RGB", "Patch"]  # for nbdev: they belong to this module's face
 
@@ -222,7 +222,7 @@ def check_holdout(
         names = ", ".join(f"{n} ({season})" if season else str(n) for season, n in sorted(missing))
         raise ValueError(f"held-out scenes {names} not among scenes {sorted(n for _, n in scenes)}")
 
-# %% ../nbs/01_data.ipynb #70c8c599
+# %% ../nbs/01_data.ipynb #8c8f0c56
 def split_by_scene(
     patches:list[Patch],
     holdout:tuple[int, ...]|dict[str, tuple[int, ...]],  # scene numbers never trained on, or those of each season
@@ -322,7 +322,7 @@ SENSORS = {  # reflectance = gain*dn + offset
     "landsat": (2.75e-5, -.2), "refl": (1., 0.),             # Landsat Collection 2 Level 2; reflectance as it is
 }
 
-# %% ../nbs/01_data.ipynb #355a625f
+# %% ../nbs/01_data.ipynb #0e73b7ec
 def get_scale(
     name:str,  # "natural", "natural@landsat" or, in digital numbers, "lo,hi,gamma"
 )->Scale:
@@ -343,7 +343,7 @@ def get_scale(
             for end in (SCALES[base].lo, SCALES[base].hi)]
     return Scale(*ends, SCALES[base].gamma, name)
 
-# %% ../nbs/01_data.ipynb #28570038
+# %% ../nbs/01_data.ipynb #7c22b2d1
 def preprocess(
     dn:np.ndarray,  # (3,H,W) uint16 digital numbers: red, green, blue
 )->np.ndarray:      # (H,W,3) uint8
@@ -394,7 +394,7 @@ def pick(
     first, second, mask = first.view(bits), second.view(bits), (-which).to(bits)[:, None, None, None]  # 0: no bit, -1: all
     return (first ^ second).bitwise_and_(mask).bitwise_xor_(first).view(torch.uint8 if bits == torch.uint8 else torch.uint16)
 
-# %% ../nbs/01_data.ipynb #f5727376
+# %% ../nbs/01_data.ipynb #05f397d3
 def draw_patches(
     pixels:Tensor|Subset,       # as for `crop_patches`
     index:Tensor,               # (B,) int64
@@ -435,7 +435,7 @@ def list_patches(
     if eurosat: return find_eurosat(root)
     return find_tiles(root, size, bands, file_bands, problems)
 
-# %% ../nbs/01_data.ipynb #16564cf4
+# %% ../nbs/01_data.ipynb #af1f2347
 MAX_NODATA = .01  # share of empty pixels
 MIN_STD = .006    # reflectance (60 dn of Sentinel-2), averaged over the bands: open water varies less
 
@@ -461,7 +461,7 @@ def is_flat(
 RULES = {"nodata": lambda dn, nodata, scale: empty_pixels(dn, nodata).mean() > MAX_NODATA,
          "flat": lambda dn, nodata, scale: is_flat(dn, scale)}
 
-# %% ../nbs/01_data.ipynb #e68a7d1f
+# %% ../nbs/01_data.ipynb #0375e34a
 def scale_table(
     scale:Scale,
     bands:tuple[str, ...],
@@ -480,7 +480,7 @@ def look_up(
 
 GDAL = dict(GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_CACHEMAX=64)  # no search for side files; 64 MB a worker
 
-# %% ../nbs/01_data.ipynb #71a9daa9
+# %% ../nbs/01_data.ipynb #f52dc6e8
 class Tiles(Dataset):
     "Patches as a cache wants them: read, put on a scale, resized. What the workers of a DataLoader share out."
     def __init__(self, patches, size, bands, scale, dtype, rules):
@@ -514,7 +514,7 @@ class Tiles(Dataset):
         row = resize(pixels, self.size).transpose(1, 2, 0).tobytes()  # (C,H,W) -> (H,W,C)
         return row, crs_name(src.crs.wkt if src.crs else ""), bounds_of(src, p.window)
 
-# %% ../nbs/01_data.ipynb #d350c070
+# %% ../nbs/01_data.ipynb #da17a0ba
 def share_inside(
     values:np.ndarray,       # (C,1,n) in the numbers of the files
     bands:tuple[str, ...],
@@ -566,7 +566,7 @@ class Cache:
         "Path, window and reason of what was left out."
         with open(self.folder/"skipped.csv", encoding="utf-8", newline="") as f: return list(csv.DictReader(f))
 
-# %% ../nbs/01_data.ipynb #b61e868b
+# %% ../nbs/01_data.ipynb #97e53195
 CACHE_VERSION = 2
 
 def load_cache(
@@ -589,16 +589,7 @@ def load_cache(
     return Cache(torch.from_numpy(pixels).movedim(-1, 1), torch.tensor(numbers), seasons, tuple(settings["bands"]),
                  Scale(**settings["scale"]), folder)
 
-# %% ../nbs/01_data.ipynb #670a779e
-def check_space(
-    folder:Path,
-    need:int,    # bytes
-):
-    "Raises OSError that names both numbers if the disk cannot hold so much more."
-    free = shutil.disk_usage(folder).free
-    if free < need: raise OSError(errno.ENOSPC, f"{folder}: {need/1e9:.2f} GB are needed, {free/1e9:.2f} GB are free")
-
-# %% ../nbs/01_data.ipynb #ea053f81
+# %% ../nbs/01_data.ipynb #9fdc2153
 def fill_cache(
     part:Part,       # empty, or as far as an earlier call came
     tiles:Tiles,
@@ -620,7 +611,7 @@ def fill_cache(
             tile_done(part)
     if not part.rows: raise ValueError(f"none of {len(tiles)} patches is left, the last one: {tile}")
 
-# %% ../nbs/01_data.ipynb #398c0ce0
+# %% ../nbs/01_data.ipynb #8918b48c
 def make_cache(
     out:Path,
     tiles:Tiles,
@@ -636,7 +627,7 @@ def make_cache(
     replace_text(folder/"cache.json", json.dumps(dict(version=CACHE_VERSION, settings=settings), indent=1))
     part = Part(folder, (tiles.size, tiles.size, len(tiles.bands)), tiles.dtype, (*INDEX, "crs", "left", "bottom", "right", "top"))
     try:
-        check_space(folder, (len(tiles)-part.tiles)*part.row_bytes)
+        check_disk(folder, (len(tiles)-part.tiles)*part.row_bytes, str(out))
         if not part.tiles:
             for path, reason in problems: part.skip(path, "", f"unreadable: {reason}")
         fill_cache(part, tiles, workers, strict)
@@ -648,7 +639,7 @@ def make_cache(
     finally: close_part(part)
     os.rename(folder, out)
 
-# %% ../nbs/01_data.ipynb #8c373806
+# %% ../nbs/01_data.ipynb #744a020f
 def cache_settings(
     root:str|Path|list[Patch],
     tiles:Tiles,
@@ -689,7 +680,7 @@ def open_cache(
     if skipped := cache.skipped(): print(f"{len(cache.pixels)} patches, {len(skipped)} skipped: see {out/'skipped.csv'}")
     return cache
 
-# %% ../nbs/01_data.ipynb #b8f76bb2
+# %% ../nbs/01_data.ipynb #d33b8e1e
 def plan_tiles(root, size, bands, scale, season, dtype, file_bands, rules, problems)->Tiles:
     "What is to be read, and how: see `build_cache`. Raises ValueError if there is nothing."
     patches = root if isinstance(root, list) else list_patches(root, size, bands, season, file_bands, problems)
@@ -731,7 +722,7 @@ def build_cache(
             make_cache(out, check_fit(tiles), settings, problems or [], default_workers(len(tiles)) if workers is None else workers, strict)
     return open_cache(out, settings)
 
-# %% ../nbs/01_data.ipynb #2cb99690
+# %% ../nbs/01_data.ipynb #dfaa55a4
 def choose(
     pixels:Tensor,                  # (N,C,H,W), memory-mapped
     index:Tensor,                   # (M,) int64: which of them
@@ -745,7 +736,7 @@ def choose(
         out[start:start+4096] = pixels.movedim(1, -1).index_select(0, index[start:start+4096]).to(device)
     return out.movedim(-1, 1)
 
-# %% ../nbs/01_data.ipynb #36473bed
+# %% ../nbs/01_data.ipynb #11b71ee0
 @dataclass(frozen=True)
 class Finding:
     "What is the matter with a data set, in words."
@@ -764,7 +755,7 @@ def likely_scales(
     likely = [name for name in spread if spread[name] > .7*max(spread.values())]
     return f"They look as if made for the scale {' or '.join(likely)}" if likely else "No scale of ours fits: give lo,hi,gamma"
 
-# %% ../nbs/01_data.ipynb #d3cc60f8
+# %% ../nbs/01_data.ipynb #c6c1df37
 def check_range(values, bands, scale)->list[Finding]:
     "Are the numbers (C,1,n) such as the scale expects?"
     lo, hi = values.min(), values.max()
@@ -792,7 +783,7 @@ def check_bands(values, bands, scale)->list[Finding]:
     return [Finding("odd", f"the darkest red (reflectance {red:.3f}) is brighter than the darkest blue ({blue:.3f}): red and "
                            "blue are swapped, unless this is a desert")]
 
-# %% ../nbs/01_data.ipynb #4e69b8f0
+# %% ../nbs/01_data.ipynb #c655a032
 def diagnose(
     dn:np.ndarray,               # (C,H,W) or (N,C,H,W), in the numbers of the files
     bands:tuple[str, ...]=RGB,   # what the channels are meant to be
@@ -817,7 +808,7 @@ def diagnose(
         found.append(Finding("odd", f"{flat:.0%} of the patches are nearly flat: open water? The rule flat would drop such tiles of your own images"))
     return found
 
-# %% ../nbs/01_data.ipynb #71e3d7e2
+# %% ../nbs/01_data.ipynb #fa22ccef
 def examine(
     root:str|Path|list[Patch],  # as for `build_cache`
     bands:tuple[str, ...]=RGB,

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['SEN12MS_MD5', 'ARCHIVES', 'CHUNK', 'NETWORK', 'OPENERS', 'BAR', 'STEP', 'DAMAGED', 'Archive', 'sen12ms_archive',
-           'eurosat_archive', 'ask_http', 'open_http', 'ftp_login', 'ftp_ask', 'open_ftp', 'check_disk', 'body',
-           'write_note', 'part_state', 'differ', 'receive', 'file_md5', 'misfit', 'attempt', 'by_hand', 'fetch',
-           'safe_path', 'Header', 'tar_members', 'there', 'zip_members', 'write_member', 'unpack', 'download']
+           'eurosat_archive', 'ask_http', 'open_http', 'ftp_login', 'ftp_ask', 'open_ftp', 'body', 'write_note',
+           'part_state', 'differ', 'receive', 'file_md5', 'misfit', 'attempt', 'by_hand', 'fetch', 'safe_path',
+           'Header', 'tar_members', 'there', 'zip_members', 'write_member', 'unpack', 'download']
 
 # %% ../nbs/12_download.ipynb #50460013
-import errno
 import ftplib
 import gzip
 import hashlib
@@ -34,6 +33,7 @@ from urllib.request import Request, urlopen
 from tqdm import tqdm
 
 from .data import SEASONS, find_patches
+from .store import check_disk
 
 # %% ../nbs/12_download.ipynb #247833f9
 @dataclass(frozen=True)
@@ -158,18 +158,6 @@ def open_ftp(url:str, start:int, tag:str|None, timeout:float):
                 ftp.voidresp()  # raises unless the server says that this was all
             return chunk
         with data: yield start, int(total) if (total or "").isdigit() else None, new, read
-
-# %% ../nbs/12_download.ipynb #200a2010
-def check_disk(
-    folder:Path,  # exists
-    need:int,     # bytes
-    what:str,     # named in the error
-):
-    "Raises OSError with the bytes needed and free if the disk is too small."
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        message = f"{what}: needs {need:,} bytes, only {free:,} are free"
-        raise OSError(errno.ENOSPC, message, str(folder))
 
 # %% ../nbs/12_download.ipynb #c0ea5ae2
 NETWORK = (OSError, http.client.HTTPException, ftplib.Error, EOFError)  # what connections die of

@@ -546,7 +546,7 @@ def test_a_disk_known_to_be_too_small(season, tmp_path, monkeypatch):
     "Catches hours of work before the disk is full, and a rest that passes for a cache."
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
-    with pytest.raises(OSError, match="GB are needed, .* GB are free") as caught: build_cache(season, tmp_path/"cache", 16)
+    with pytest.raises(OSError, match="needs .* bytes, only .* are free") as caught: build_cache(season, tmp_path/"cache", 16)
     assert caught.value.errno == errno.ENOSPC
     no_cache(tmp_path/"cache")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
