@@ -188,13 +188,15 @@ def attempt(read):
 def from_tiles(i):
     out = tiles.__getitems__([i])[0]
     return out if isinstance(out, str) else np.frombuffer(out[0], np.uint16).reshape(side, side, -1).transpose(2, 0, 1)
+def peak(): return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])/1024  # MB; ru_maxrss has the parent's
+before = peak()
 memory = int(Path("/proc/self/statm").read_text().split()[0])*4096+2**30  # a gigabyte more than now
 resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 for i, p in enumerate(files[start:], start):
     print(json.dumps(p.name), flush=True)  # who is to blame if nothing follows
     begin = time.monotonic()
     found = attempt(lambda: read_patch(p, S2_BANDS)), attempt(lambda: from_tiles(i))
-    print(json.dumps([*found, time.monotonic()-begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024]), flush=True)
+    print(json.dumps([*found, time.monotonic()-begin, peak()-before]), flush=True)
 """
 
 
@@ -231,7 +233,7 @@ def test_damaged_files_never_crash_hang_or_eat_memory(damaged):
     assert len(damaged) >= 1000
     for path, _, patch, tile, seconds, megabytes in damaged:
         assert "crash" not in (patch[0], tile[0]), f"{path.name}: {patch[1]}"
-        assert seconds < 10 and megabytes < 700, f"{path.name}: {seconds:.1f} s, {megabytes:.0f} MB"
+        assert seconds < 10 and megabytes < 450, f"{path.name}: {seconds:.1f} s, {megabytes:.0f} MB"
 
 
 @unix
@@ -594,9 +596,10 @@ def test_a_disk_that_fills_up_on_the_way(season, small_disk, tmp_path, monkeypat
 MEASURE = """
 import resource, sys
 from eo_ddpm.data import build_cache
+def peak(): return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])//1024  # MB; ru_maxrss has the parent's
+imported = peak()
 cache = build_cache(sys.argv[1], sys.argv[2], 32, workers=int(sys.argv[3]))
-own = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])  # ru_maxrss begins with what the parent had
-print(len(cache.pixels), own//1024, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss//1024)
+print(len(cache.pixels), peak(), imported, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss//1024)
 """
 
 
@@ -611,8 +614,9 @@ def test_memory_stays_small(tmp_path, workers):
     command = [sys.executable, "-c", MEASURE, tmp_path/"root", tmp_path/"cache", str(workers)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENV)
     assert run.returncode == 0, run.stderr[-2000:]
-    patches, own, children = map(int, run.stdout.split())
-    assert patches == 2000 and own < 500 and children < 500 and (children > 50 or not workers), run.stdout
+    patches, own, imported, children = map(int, run.stdout.split())
+    beyond = 500-240  # torch for CPUs and rasterio take 240 MB by themselves, torch for CUDA twice that
+    assert patches == 2000 and own-imported < beyond and children-imported < beyond and (children > 50 or not workers), run.stdout
 
 
 # --- own images, and other people's ---
