@@ -508,7 +508,8 @@ class Tiles(Dataset):
         except (ValueError, OSError) as e: return f"unreadable: {e}"
         for rule in self.rules:
             if RULES[rule](dn, src.nodata, self.scale): return rule
-        if dn.shape[1] != dn.shape[2]: return f"unreadable: {p.path}: {dn.shape[1]} x {dn.shape[2]} pixels, expected a square"
+        if not self.size <= dn.shape[1] == dn.shape[2]:
+            return f"unreadable: {p.path}: {dn.shape[1]} x {dn.shape[2]} pixels, expected a square of at least {self.size}"
         if dn.dtype.kind == "f" and not np.isfinite(dn).all(): return f"unreadable: {p.path}: pixels that are not a number"
         pixels = look_up(self.table, dn) if dn.dtype in (np.uint8, np.uint16) else self.scale.to_pixels(dn, self.bands, self.dtype)
         row = resize(pixels, self.size).transpose(1, 2, 0).tobytes()  # (C,H,W) -> (H,W,C)
@@ -529,12 +530,13 @@ def check_fit(
 )->Tiles:         # the same
     "Eight patches on trial, before minutes are spent. Raises ValueError if nothing is to be seen on this scale."
     for names in {p.bands for p in tiles.patches}: band_indices(tiles.bands, names)
-    seen = []  # of each, the share of values that are neither black nor white
+    seen, small = [], None  # of each, the share of values that are neither black nor white
     for p in tiles.patches[::max(1, len(tiles)//8)]:
         try: dn = read_tile(p, tiles.bands)
         except (ValueError, OSError): continue  # named later, in its turn
-        if dn.shape[1] < tiles.size: raise ValueError(f"{p.path}: {dn.shape[1]} pixels, expected at least size = {tiles.size}")
-        seen.append(share_inside(dn.reshape(len(dn), 1, -1), tiles.bands, tiles.scale))
+        if dn.shape[1] < tiles.size: small = f"{p.path}: {dn.shape[1]} pixels, expected at least size = {tiles.size}"
+        else: seen.append(share_inside(dn.reshape(len(dn), 1, -1), tiles.bands, tiles.scale))
+    if small and not seen: raise ValueError(small)
     if seen and max(seen) < .02:
         raise ValueError(f"on scale {tiles.scale.name!r} everything becomes black or white: it does not fit values like those of "
                          f"{p.path}, {dn.min():.4g} to {dn.max():.4g} (eo-ddpm doctor says more)")

@@ -788,8 +788,6 @@ def test_whole_patches_take_the_short_way_alike(ramp):
     square = ramp[..., :40, :40]
     for flips in ("all", "horizontal", "none"):
         whole = draw_patches(square, torch.arange(3), 40, flips, torch.Generator().manual_seed(2))
-        framed = torch.zeros(3, 3, 41, 41, dtype=torch.uint8)
-        framed[..., :40, :40] = square
         assert set(windows(square, torch.arange(3), whole, 40)) <= set(itertools.product((-1, 1), (-1, 1), (False, True)))
 
 
@@ -889,6 +887,12 @@ def test_the_folder_of_one_season_is_still_sen12ms(tree, tmp_path):
 def test_small_patches_are_not_blown_up(tree, tmp_path):
     "Catches 64 pixels of EuroSAT stretched to 128 without a word."
     with fails(ValueError, "64 pixels", "size = 128"): build_cache(tree, tmp_path/"cache", 128)
+    root = tmp_path/"mixed"
+    shutil.copytree(tree, root)
+    for n, shape in enumerate(((13, 32, 32), (13, 64, 80)), start=98):  # among good ones: named, not fatal
+        write_tiff(root/f"ROIs1868_summer/s2_10/ROIs1868_summer_s2_10_p{n}.tif", random_dn(n, shape))
+    cache = build_cache(root, tmp_path/"mixed-cache", 48)
+    assert len(cache.pixels) == 5 and len(cache.skipped()) == 2 and all("expected a square of at least 48" in row["reason"] for row in cache.skipped())
 
 
 def test_file_bands_are_for_own_images(tree, tmp_path):

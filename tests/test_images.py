@@ -62,7 +62,7 @@ def test_painted_values_do_not_wrap(tmp_path):
     with fails(ValueError, "1 channels but 2 bands"): write_patch(tmp_path/"q.tif", np.zeros((1, 2, 2)), ("B04", "B03"))
 
 
-def test_the_sample_s_files_are_read_by_any_name(sample=None):
+def test_the_sample_s_files_are_read_by_any_name():
     "Catches a generic reader that differs from the reader of SEN12MS."
     from eo_ddpm.data import read_patch
     p = find_patches(sample_root())[7]
