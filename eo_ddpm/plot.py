@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['OKABE_ITO', 'LINE_STYLES', 'to_rgb', 'make_grid', 'show_grid', 'save_grid', 'show_row', 'plot_lines', 'smooth',
-           'plot_loss', 'explore']
+           'plot_loss', 'live_loss', 'explore']
 
 # %% ../nbs/00_plot.ipynb #45e54b1d
 import io
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -126,12 +128,13 @@ def smooth(
     values,        # (N,) numbers
     window:int,    # how many neighbours to average over
 )->np.ndarray:     # (N,) running mean; the window shrinks at both ends
-    "Running mean without a shift: each value is averaged with its neighbours on both sides."
+    "Running mean without a shift, over the neighbours on both sides; those that are no number do not count."
     values = np.asarray(values, dtype=np.float64)
-    total = np.concatenate([[0.], values.cumsum()])
+    real = np.isfinite(values)
+    total, count = (np.concatenate([[0.], v.cumsum()]) for v in (np.where(real, values, 0), real))
     i = np.arange(len(values))
     lo, hi = np.maximum(i-window//2, 0), np.minimum(i+window//2+1, len(values))
-    return (total[hi]-total[lo])/(hi-lo)
+    with np.errstate(invalid="ignore"): return (total[hi]-total[lo])/(count[hi]-count[lo])
 
 def plot_loss(
     losses:dict[str, list],  # label -> loss at every step
@@ -151,6 +154,27 @@ def plot_loss(
     ax.grid(alpha=.25, which="both")
     ax.legend(frameon=False)
     return ax
+
+# %% ../nbs/00_plot.ipynb #1b21015d
+def live_loss(
+    title:str="",        # what is being trained
+    ylabel:str="loss",   # which loss
+)->Callable|None:        # watch(losses) draws them all anew; None outside a notebook
+    "A loss curve that grows while a run goes on, for `fit(..., watch=live_loss())`."
+    if "ipykernel" not in sys.modules: return None
+    from IPython.display import Image, display
+    shown = []
+
+    def watch(losses):
+        window = max(5, len(losses)//40)
+        ax = plot_loss({f"mean of {window} steps": losses}, window, f"{title} {len(losses)} steps".strip(), ylabel)
+        file = io.BytesIO()
+        ax.figure.savefig(file, format="png", bbox_inches="tight")
+        plt.close(ax.figure)
+        if shown: shown[0].update(Image(file.getvalue()))
+        else: shown.append(display(Image(file.getvalue()), display_id=True))
+
+    return watch
 
 # %% ../nbs/00_plot.ipynb #ac405074
 def explore(

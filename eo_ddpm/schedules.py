@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'linear_betas', 'unit_time', 'betas_from', 'cosine_betas', 'sigmoid_betas', 'derive', 'NoiseSchedule',
-           'get_schedule']
+           'scale_input', 'get_schedule']
 
 # %% ../nbs/03_schedules.ipynb #ea2f67e0
 import math
@@ -94,10 +94,24 @@ class NoiseSchedule(nn.Module):
 # %% ../nbs/03_schedules.ipynb #b644b45b
 SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas, "sigmoid": sigmoid_betas}
 
+def scale_input(
+    betas:Tensor,      # (T,) float64
+    input_scale:float, # factor b on the patches
+)->Tensor:             # (T,) float64
+    """The betas under which x0 is noised as b*x0 would be, xt kept at variance 1. Chen 2023, section 2.2: snr becomes b^2 snr.
+
+    Raises ValueError unless b is positive."""
+    if not input_scale > 0: raise ValueError(f"input_scale = {input_scale}: expected more than 0")
+    if input_scale == 1: return betas
+    snr = input_scale**2*derive(betas)["snr"]
+    alphas_cumprod = snr/(1+snr)
+    return 1 - alphas_cumprod/torch.cat([torch.ones_like(snr[:1]), alphas_cumprod[:-1]])
+
 def get_schedule(
-    name:str,       # "linear", "cosine" or "sigmoid"
-    T:int=500,      # number of steps
+    name:str,              # "linear", "cosine" or "sigmoid"
+    T:int=500,             # number of steps
+    input_scale:float=1.,  # below 1: noisier at every step
 )->NoiseSchedule:
     "A schedule by name. Raises ValueError that lists the names."
     if name not in SCHEDULES: raise ValueError(f"unknown schedule {name!r}: expected one of {', '.join(SCHEDULES)}")
-    return NoiseSchedule(SCHEDULES[name](T), name)
+    return NoiseSchedule(scale_input(SCHEDULES[name](T), input_scale), name)

@@ -12,14 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from eo_ddpm import training
 from eo_ddpm.forward import add_noise
 from eo_ddpm.schedules import get_schedule
-from eo_ddpm.training import (OBJECTIVES, TrainConfig, batch_index, diffusion_loss, fit, latest_checkpoint,
-                              load_checkpoint, load_run, loss_weight, lr_factor, make_ema, new_state, pick_precision,
-                              predict_x0, read_config, read_metrics, seconds_per_step, step_generator, target_for,
-                              train_step)
+from eo_ddpm.store import read_seal
+from eo_ddpm.training import (OBJECTIVES, TrainConfig, batch_index, copy_weights, diffusion_loss, draw_noise,
+                              fingerprint, fit, held_loss, latest_checkpoint, list_checkpoints, load_checkpoint,
+                              load_run, loss_weight, lr_factor, new_state, pick_precision, predict_x0, read_config,
+                              read_epochs, read_metrics, seconds_per_step, step_generator, target_for, train_step,
+                              update_ema)
 from eo_ddpm.unet import UNet
 
 NET = dict(dim=8, dim_mults=[1], patch=2, attention=["none"])
@@ -38,13 +41,13 @@ def grey(model, schedule, epoch):
     return 0*torch.rand(5, 3, 8, 8)
 
 
+FILES = ("ema", "model", "optimizer")
+
 def parts(folder):
     "All numbers of the newest checkpoint, by name."
     folder = latest_checkpoint(folder)
-    training_state = torch.load(folder/"training.pt", weights_only=True)
-    moments = {f"adam.{i}.{k}": v for i, s in training_state["optimizer"]["state"].items() for k, v in s.items()}
-    files = {f"{name}.{k}": v for name in ("model", "ema") for k, v in load_file(folder/f"{name}.safetensors").items()}
-    return {**files, **moments, "step": torch.tensor(training_state["step"])}
+    numbers = {f"{name}.{k}": v for name in FILES for k, v in load_file(folder/f"{name}.safetensors").items()}
+    return numbers | {"step": torch.tensor(read_seal(folder)["step"])}
 
 
 def assert_same(a, b):
@@ -85,11 +88,8 @@ def oracle(lucidrains, net, objective, min_snr, schedule="cosine"):
 def test_loss_is_the_oracles(lucidrains, objective, min_snr, schedule):
     "Catches a wrong target, a wrong weight, a weight applied after the mean over patches, sum instead of mean."
     net, x0 = Net(), torch.rand(6, 3, 8, 8)*2-1
-    theirs = oracle(lucidrains, net, objective, min_snr, schedule)
-    g = torch.Generator().manual_seed(3)
-    ours = diffusion_loss(net, x0, get_schedule(schedule, 200), objective, "min_snr" if min_snr else "noise", g)
-    g.manual_seed(3)  # draw what diffusion_loss has drawn: first the steps, then the noise
-    t, noise = torch.randint(200, (6,), generator=g), torch.randn(x0.shape, generator=g)
+    theirs, (t, noise) = oracle(lucidrains, net, objective, min_snr, schedule), draw_noise(x0, 200)
+    ours = diffusion_loss(net, x0, t, noise, get_schedule(schedule, 200), objective, "min_snr" if min_snr else "noise")
     torch.testing.assert_close(ours, theirs.p_losses(x0, t, noise), rtol=1e-5, atol=1e-6)
 
 
@@ -97,9 +97,8 @@ def test_loss_is_the_oracles(lucidrains, objective, min_snr, schedule):
 def test_plain_loss_is_the_mean_squared_error(objective):
     "Catches a weight that sneaks into `plain`: the report's loss is the bare MSE."
     net, x0, schedule = Net(), torch.rand(6, 3, 8, 8)*2-1, get_schedule("cosine", 200)
-    ours = diffusion_loss(net, x0, schedule, objective, generator=torch.Generator().manual_seed(3))
-    g = torch.Generator().manual_seed(3)
-    t, noise = torch.randint(200, (6,), generator=g), torch.randn(x0.shape, generator=g)
+    t, noise = draw_noise(x0, 200)
+    ours = diffusion_loss(net, x0, t, noise, schedule, objective)
     a, b = (c[t].view(-1, 1, 1, 1) for c in (schedule.alphas_cumprod.sqrt(), (1-schedule.alphas_cumprod).sqrt()))
     target = {"noise": noise, "x0": x0, "v": a*noise - b*x0}[objective]
     torch.testing.assert_close(ours, (net(a*x0 + b*noise, t)-target).square().mean())
@@ -157,10 +156,8 @@ def test_weighted_objectives_cost_the_same(weighting):
 
 def test_timesteps_cover_all_steps():
     "Catches randint(1, T) or randint(T-1): the first or last step would never be trained."
-    seen, schedule = set(), get_schedule("cosine", 8)
-    def model(xt, timesteps): seen.update(timesteps.tolist()); return xt
-    diffusion_loss(model, torch.zeros(400, 1, 2, 2), schedule)
-    assert seen == set(range(8))
+    timesteps, noise = draw_noise(torch.zeros(400, 1, 2, 2), 8)
+    assert set(timesteps.tolist()) == set(range(8)) and noise.shape == (400, 1, 2, 2)
 
 
 # one step
@@ -229,24 +226,38 @@ def test_pick_precision():
 def test_ema_by_hand():
     "Catches decay and 1-decay swapped, a first update that mixes in the start, and a missing warm-up or cap."
     model = nn.Linear(1, 1, bias=False)
-    ema, expected = make_ema(model, .5), None
+    ema, expected = copy_weights(model), None
     for n, value in enumerate([4., 2., 8., -1., 3., 5.]*4):
         nn.init.constant_(model.weight, value)
-        ema.update_parameters(model)
+        update_ema(ema, model, n, .5)
         decay = min(.5, (1+n)/(10+n))
         expected = value if n == 0 else decay*expected + (1-decay)*value
-        assert ema.module.weight.item() == pytest.approx(expected, rel=1e-5)
+        assert ema.weight.item() == pytest.approx(expected, rel=1e-5)
     assert (1+8)/(10+8) == .5  # the cap is reached on the way: both branches were tried
+
+
+def test_ema_is_torchs():
+    "Another hand: torch's own AveragedModel with the same decays, over all weights of a network."
+    model = UNet(**NET)
+    ema, n = copy_weights(model), [0]
+    def lerp(average, weight, count): return torch.lerp(average, weight, 1-min(.9, (1+n[0])/(10+n[0])))
+    theirs = AveragedModel(model, avg_fn=lerp)
+    for n[0] in range(12):
+        with torch.no_grad():
+            for p in model.parameters(): p.add_(torch.randn_like(p))
+        update_ema(ema, model, n[0], .9)
+        theirs.update_parameters(model)
+    for p, q in zip(ema.parameters(), theirs.module.parameters()): torch.testing.assert_close(p, q)
 
 
 def test_ema_is_a_network_of_its_own():
     "Catches an average that shares memory with the model, wants gradients, or stays in training mode."
     model = UNet(**NET)
-    ema = make_ema(model)
-    ema.update_parameters(model)
-    assert all(torch.equal(p, q) and p.data_ptr() != q.data_ptr() for p, q in zip(model.parameters(), ema.module.parameters()))
+    ema = copy_weights(model)
+    update_ema(ema, model, 0)
+    assert all(torch.equal(p, q) and p.data_ptr() != q.data_ptr() for p, q in zip(model.parameters(), ema.parameters()))
     assert not any(p.requires_grad for p in ema.parameters()) and all(p.requires_grad for p in model.parameters())
-    assert not ema.module.training and model.training
+    assert not ema.training and model.training
 
 
 def test_lr_factor_by_hand():
@@ -345,7 +356,8 @@ def test_pixels_that_do_not_fit(pixels, message, tmp_path):
 
 def test_run_folder(unbroken):
     "Catches a run that ends well and leaves a part out, or numbers that are not finite."
-    assert sorted(p.name for p in unbroken.iterdir()) == ["checkpoints", "config.json", "metrics.csv", "samples", "tensorboard"]
+    assert sorted(p.name for p in unbroken.iterdir() if p.name != ".lock") == ["checkpoints", "config.json", "epochs.csv",
+                                                                               "metrics.csv", "samples", "tensorboard"]
     assert sorted(p.name for p in (unbroken/"samples").iterdir()) == [f"epoch_00{i}.png" for i in (1, 2, 3)]
     assert (unbroken/"metrics.csv").read_text(encoding="utf-8").splitlines()[0] == "step,loss,grad_norm,lr,seconds"
     rows = read_metrics(unbroken)
@@ -376,8 +388,8 @@ def test_checkpoints_hold_no_code_and_the_last_two_stay(unbroken):
     folders = sorted((unbroken/"checkpoints").iterdir())
     assert [f.name for f in folders] == ["step_0000004", "step_0000006"]
     for folder in folders:
-        assert sorted(p.name for p in folder.iterdir()) == ["ema.safetensors", "model.safetensors", "training.pt"]
-        assert torch.load(folder/"training.pt", weights_only=True)["step"] == int(folder.name[5:])
+        assert sorted(p.name for p in folder.iterdir()) == [*(f"{name}.safetensors" for name in FILES), "seal.json"]
+        assert read_seal(folder)["step"] == int(folder.name[5:])
         assert load_file(folder/"model.safetensors").keys() == UNet(**NET).state_dict().keys()
 
 
@@ -466,26 +478,84 @@ def test_auto_precision_stays_for_a_resumed_run(tmp_path, monkeypatch):
     assert json.loads((tmp_path/"config.json").read_text(encoding="utf-8"))["precision_used"] == "float32"
 
 
-def test_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
-    "Catches NaN weights that are trained on, and saved over good ones."
-    def broken_state(config, device):
-        state = new_state(config, device)
-        with torch.no_grad(): next(state.model.parameters()).fill_(math.nan)
-        return state
-    with pytest.raises(FloatingPointError, match="lower the learning rate"): run(tmp_path/"wild", replace(CONFIG, lr=1e30))
-    monkeypatch.setattr(training, "new_state", broken_state)
-    with pytest.raises(FloatingPointError, match="loss nan"): run(tmp_path/"nan")
-    assert latest_checkpoint(tmp_path/"nan") is None
+NAN_STEPS, WHOLE = (3, 4), 6
+
+def nan_at(monkeypatch, steps):
+    "Plant a loss that is no number at some steps (0-based)."
+    original, calls = training.diffusion_loss, []
+    def loss(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)*(math.nan if len(calls)-1 in steps else 1)
+    monkeypatch.setattr(training, "diffusion_loss", loss)
 
 
-def test_gradient_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
-    "A finite loss with an infinite gradient spoils the weights all the same: no checkpoint may follow."
-    monkeypatch.setattr(training, "train_step", lambda *args: (torch.tensor(1.), torch.tensor(math.inf)))
-    with pytest.raises(FloatingPointError, match="gradient norm inf"): run(tmp_path, replace(CONFIG, steps_per_epoch=1))
-    assert latest_checkpoint(tmp_path) is None
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_bad_steps_are_skipped_and_counted(tmp_path, monkeypatch, precision):
+    "Catches NaN weights, moments or averages; AdamW's step counter going on; a count that is lost at the checkpoint."
+    nan_at(monkeypatch, NAN_STEPS)
+    run(tmp_path, replace(CONFIG, precision=precision, epochs=4))
+    rows, numbers = read_metrics(tmp_path), parts(tmp_path)
+    assert [row["step"] for row in rows if not math.isfinite(row["loss"])] == [n+1 for n in NAN_STEPS]
+    assert all(v.isfinite().all() for v in numbers.values())
+    assert {v.item() for k, v in numbers.items() if k.endswith(".step")} == {8-len(NAN_STEPS)}
+    assert read_seal(latest_checkpoint(tmp_path))["skipped"] == len(NAN_STEPS)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "training.pt"])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_bad_step_leaves_the_weights(optimizer):
+    "Catches an optimizer that looks for `found_inf` in vain (only fused ones do): its weights would turn NaN."
+    model, x0 = UNet(**NET), torch.full((4, 3, 8, 8), math.inf)
+    before = [p.clone() for p in model.parameters()]
+    train_step(model, optimizer(model.parameters(), lr=.1), x0, get_schedule("cosine", 50))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+
+def test_bad_steps_in_a_row_stop_the_run(tmp_path, monkeypatch):
+    "Catches a run that burns its night on NaN, a message without a way out, a good checkpoint replaced by a bad one."
+    nan_at(monkeypatch, range(3, 100))
+    with pytest.raises(FloatingPointError) as error: run(tmp_path, replace(CONFIG, epochs=20))
+    for text in ("loss nan", "at step 8", "5 bad ones in a row", "pixels from 0 to 255", "learning rate", "float32"):
+        assert text in str(error.value)
+    assert parts(tmp_path)["step"] in (4, 6) and all(v.isfinite().all() for v in parts(tmp_path).values())
+
+
+def test_bad_steps_now_and_then_do_not(tmp_path, monkeypatch):
+    "Catches a count that is never set back: eight bad steps, never five in a row."
+    nan_at(monkeypatch, (0, 1, 2, 3, 5, 6, 7, 8))
+    run(tmp_path, replace(CONFIG, epochs=5))
+    assert read_seal(latest_checkpoint(tmp_path))["skipped"] == 8
+
+
+def test_float16_finds_its_factor(tmp_path):
+    "A factor that is far too large must be halved until the gradients fit, and survive a stop. Catches a missing scaler."
+    config = replace(CONFIG, precision="float16", epochs=15)
+    def stop(model, schedule, epoch):
+        if epoch == 8: raise KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as patched:
+        original = torch.amp.GradScaler
+        patched.setattr(torch.amp, "GradScaler", lambda device, enabled: original(device, init_scale=2.**40, enabled=enabled))
+        run(tmp_path/"whole", config)
+        with pytest.raises(KeyboardInterrupt): run(tmp_path/"broken", config, on_epoch=stop)
+        run(tmp_path/"broken", config, resume=True)
+    note = read_seal(latest_checkpoint(tmp_path/"whole"))
+    assert 3 < note["skipped"] < 25 and note["scaler"]["scale"] == 2.**(40-note["skipped"])
+    assert_same(parts(tmp_path/"whole"), parts(tmp_path/"broken"))
+
+
+def test_pieces_are_one_batch():
+    "Gradient accumulation. Catches a sum for the mean, draws that depend on the pieces, a step for each piece."
+    whole, cut, x0, schedule = Plain(), Plain(), torch.rand(8, 3, 8, 8), get_schedule("cosine", 50)
+    cut.load_state_dict(whole.state_dict())
+    for model, pieces in ((whole, 1), (cut, 4)):
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        for seed in (1, 2):
+            result = train_step(model, optimizer, x0, schedule, pieces=pieces, generator=torch.Generator().manual_seed(seed))
+        if pieces == 1: expected = result
+    torch.testing.assert_close(result, expected)
+    for p, q in zip(whole.parameters(), cut.parameters()): torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*(f"{name}.safetensors" for name in FILES), "seal.json"])
 @pytest.mark.parametrize("damage", ["cut", "gone", "text"])
 def test_damaged_checkpoint_is_named(unbroken, tmp_path, name, damage):
     "Catches an error from deep inside a reader that does not say which file, and a state that is half replaced."
@@ -506,15 +576,6 @@ def test_load_run_without_a_run(tmp_path):
     run(tmp_path/"run", replace(CONFIG, epochs=1))
     shutil.rmtree(tmp_path/"run/checkpoints")
     with pytest.raises(FileNotFoundError, match="no checkpoints"): load_run(tmp_path/"run")
-
-
-def test_checkpoint_with_code_is_refused(unbroken, tmp_path):
-    "Catches a pickle that runs what it likes when a downloaded run is opened."
-    class Code:
-        def __reduce__(self): return (print, ("code ran",))
-    folder = shutil.copytree(latest_checkpoint(unbroken), tmp_path/"step_0000006")
-    torch.save(dict(optimizer=Code(), step=6), folder/"training.pt")
-    with pytest.raises(ValueError, match="training.pt"): load_checkpoint(folder, new_state(CONFIG))
 
 
 def test_metrics_can_be_read_while_training(tmp_path):
