@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'DIM_HEAD', 'MEMORY', 'ATTENTION', 'TimeEmbedding', 'time_layers', 'Block', 'ResnetBlock', 'RMSNorm',
-           'Attention', 'LinearAttention', 'downsample', 'upsample', 'DownLevel', 'Middle', 'UpLevel', 'UShape',
-           'level_attention', 'check_input', 'UNet']
+           'to_heads', 'to_picture', 'Attention', 'LinearAttention', 'downsample', 'upsample', 'DownLevel', 'Middle',
+           'UpLevel', 'UShape', 'level_attention', 'check_input', 'UNet']
 
 # %% ../nbs/04_unet.ipynb #f8214d87
 import math
@@ -94,11 +94,28 @@ class RMSNorm(nn.Module):
         self.gain = nn.Parameter(torch.ones(1, dim, 1, 1))
 
     def forward(self, x:Tensor)->Tensor:  # (B,C,H,W) -> the same shape
-        return F.normalize(x, dim=1)*self.gain*x.shape[1]**.5
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)  # (B,1,H,W)
+        scale = x.shape[1]**.5/length.clamp(min=1e-12)
+        return x*scale.to(x.dtype)*self.gain.to(x.dtype)  # 16 bits stay 16 bits: half the way to memory
 
-# %% ../nbs/04_unet.ipynb #a27a4f21
+# %% ../nbs/04_unet.ipynb #01c5c70e
 HEADS, DIM_HEAD, MEMORY = 4, 32, 4  # attention heads, channels of each, learned extra keys and values
 
+def to_heads(
+    x:Tensor,  # (B,3*heads*32,H,W) query, key and value of every pixel
+)->Tensor:     # (3,B,heads,H*W,32)
+    "A row for each pixel."
+    rows = x.flatten(2).transpose(1, 2)  # (B,3*heads*32,H,W) -> (B,H*W,3*heads*32)
+    return rows.unflatten(2, (3, HEADS, DIM_HEAD)).permute(2, 0, 3, 1, 4)
+
+def to_picture(
+    rows:Tensor,         # (B,heads,H*W,32)
+    size:torch.Size,     # H, W
+)->Tensor:               # (B,heads*32,H,W)
+    "And back."
+    return rows.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, size)  # -> (B,H*W,heads*32) -> (B,heads*32,H,W)
+
+# %% ../nbs/04_unet.ipynb #a27a4f21
 class Attention(nn.Module):
     "Every pixel asks every pixel: softmax(q k / sqrt(d)) v. Vaswani et al. 2017, eq. 1."
     def __init__(self,
@@ -110,20 +127,24 @@ class Attention(nn.Module):
         self.qkv = nn.Conv2d(dim, 3*HEADS*DIM_HEAD, 1, bias=False)
         self.out = nn.Conv2d(HEADS*DIM_HEAD, dim, 1)
 
-    def weights(self,
-        x:Tensor,              # (B,dim,H,W)
-    )->tuple[Tensor, Tensor]:  # weights (B,heads,H*W,4+H*W), values (B,heads,4+H*W,32)
-        "Who hears whom (rows sum to 1), and what there is to hear; the first four are the memory."
-        qkv = self.qkv(self.norm(x)).reshape(len(x), 3, HEADS, DIM_HEAD, -1)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)  # each (B,heads,H*W,32)
+    def parts(self,
+        x:Tensor,           # (B,dim,H,W)
+    )->tuple[Tensor, ...]:  # q (B,heads,H*W,32), k and v (B,heads,4+H*W,32); the first four are the memory
+        "What is asked, what can be asked for, and what there is to hear."
+        q, k, v = to_heads(self.qkv(self.norm(x)))
         mk, mv = self.memory.to(k.dtype)[:, None].expand(2, len(x), -1, -1, -1)
-        k, v = torch.cat([mk, k], dim=2), torch.cat([mv, v], dim=2)
-        return (q @ k.transpose(-1, -2)*DIM_HEAD**-.5).softmax(dim=-1), v
+        return q, torch.cat([mk, k], dim=2), torch.cat([mv, v], dim=2)
+
+    def weights(self,
+        x:Tensor,  # (B,dim,H,W)
+    )->Tensor:     # (B,heads,H*W,4+H*W), rows sum to 1
+        "Who hears whom, to be looked at."
+        q, k, _ = self.parts(x)
+        return (q @ k.transpose(-1, -2)*DIM_HEAD**-.5).softmax(dim=-1)
 
     def forward(self, x:Tensor)->Tensor:  # (B,dim,H,W) -> the same shape, added to x
-        weights, v = self.weights(x)
-        mixed = (weights @ v).transpose(-1, -2)  # (B,heads,32,H*W)
-        return x + self.out(mixed.reshape(len(x), -1, *x.shape[2:]))  # (B,128,H,W) -> (B,dim,H,W)
+        mixed = F.scaled_dot_product_attention(*self.parts(x))  # weights @ v, piece by piece, never all weights at once
+        return x + self.out(to_picture(mixed, x.shape[2:]))     # (B,128,H,W) -> (B,dim,H,W)
 
 # %% ../nbs/04_unet.ipynb #de424518
 class LinearAttention(nn.Module):
@@ -138,13 +159,12 @@ class LinearAttention(nn.Module):
         self.out = nn.Sequential(nn.Conv2d(HEADS*DIM_HEAD, dim, 1), RMSNorm(dim))
 
     def forward(self, x:Tensor)->Tensor:  # (B,dim,H,W) -> the same shape, added to x
-        qkv = self.qkv(self.norm(x)).reshape(len(x), 3, HEADS, DIM_HEAD, -1)
-        q, k, v = qkv.unbind(1)  # each (B,heads,32,H*W)
-        mk, mv = self.memory.to(k.dtype)[:, None].expand(2, len(x), -1, -1, -1)
-        k, v = torch.cat([mk, k], dim=-1), torch.cat([mv, v], dim=-1)
-        context = v @ k.softmax(dim=-1).transpose(-1, -2)    # (B,heads,32,32): the summary
-        mixed = context @ (q.softmax(dim=-2)*DIM_HEAD**-.5)  # (B,heads,32,H*W)
-        return x + self.out(mixed.reshape(len(x), -1, *x.shape[2:]))  # (B,128,H,W) -> (B,dim,H,W)
+        q, k, v = to_heads(self.qkv(self.norm(x)))  # each (B,heads,H*W,32)
+        mk, mv = self.memory.to(k.dtype).transpose(-1, -2)[:, None].expand(2, len(x), -1, -1, -1)  # (2,B,heads,4,32)
+        k, v = torch.cat([mk, k], dim=2), torch.cat([mv, v], dim=2)
+        summary = k.softmax(dim=2).transpose(-1, -2) @ v*DIM_HEAD**-.5   # (B,heads,32,32)
+        mixed = q.softmax(dim=3) @ summary                               # (B,heads,H*W,32)
+        return x + self.out(to_picture(mixed, x.shape[2:]))              # (B,128,H,W) -> (B,dim,H,W)
 
 # %% ../nbs/04_unet.ipynb #53cec128
 ATTENTION = {"full": Attention, "linear": LinearAttention, "none": lambda dim: nn.Identity()}

@@ -151,9 +151,67 @@ def test_attention_commutes_with_a_shuffle_of_pixels(kind):
 
 def test_attention_weights_are_shares():
     "Catches a softmax over the askers: each row, memory included, sums to 1."
-    weights, values = shaken(Attention(16)).weights(torch.randn(2, 16, 4, 6))
-    assert weights.shape == (2, HEADS, 24, MEMORY+24) and values.shape == (2, HEADS, MEMORY+24, DIM_HEAD)
+    weights = shaken(Attention(16)).weights(torch.randn(2, 16, 4, 6))
+    assert weights.shape == (2, HEADS, 24, MEMORY+24)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, HEADS, 24))
+
+
+def test_fused_attention_is_weights_times_values():
+    "Catches a fused call that scales otherwise than the weights that the lesson shows, in values and in gradients."
+    layer, x = shaken(Attention(16)), torch.randn(2, 16, 4, 6)
+    def by_hand(x):
+        mixed = layer.weights(x) @ layer.parts(x)[2]  # (B,heads,24,32)
+        return x + layer.out(mixed.transpose(-1, -2).reshape(2, -1, 4, 6))
+    torch.testing.assert_close(layer(x), by_hand(x), atol=1e-5, rtol=1e-4)
+    inputs, pull = [x.requires_grad_(), *layer.parameters()], torch.randn_like(x)
+    for ours, theirs in zip(torch.autograd.grad(layer(x), inputs, pull), torch.autograd.grad(by_hand(x), inputs, pull)):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_is_torchs(dtype):
+    "Against F.normalize in float64, values and gradients: huge, tiny and zero vectors. Catches NaN at 0 and lost digits."
+    x = torch.randn(2, 24, 4, 5)*torch.logspace(-6, 6, 5)
+    x[0, :, 0] = 0
+    x, norm, pull = x.to(dtype), shaken(RMSNorm(24)), torch.randn(2, 24, 4, 5, dtype=torch.float64)
+    gain = norm.gain.detach().double()
+    def gradient(f, x):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad((f(x).double()*pull).sum(), x)[0].double()
+    def theirs(x): return F.normalize(x, dim=1)*gain*24**.5
+    near = dict(rtol=2e-2, atol=2e-2) if dtype == torch.bfloat16 else dict(rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(norm(x).double(), theirs(x.double()), **near)
+    assert norm(x).dtype == dtype and not norm(x)[0, :, 0].any()
+    ours, expected = gradient(norm, x), gradient(theirs, x.double())
+    size = x.double().norm(dim=1, keepdim=True).clamp(min=1e-12)  # a short vector has a large gradient
+    seen = (size > 1e-9).expand_as(ours)
+    assert ours.isfinite().all()
+    torch.testing.assert_close((ours*size)[seen], (expected*size)[seen], rtol=5e-2, atol=24*near["atol"])
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (2, 3, 16, 24)])
+def test_memory_order_changes_nothing(shape):
+    "Catches a view that mixes pixels and channels when the input is not in channels_last order; gradients too."
+    model, (x, timesteps) = shaken(UNet(16)), (torch.randn(shape), torch.arange(shape[0]))
+    def gradients(x):
+        (model(x, timesteps)**2).sum().backward()
+        found = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        return found
+    expected = gradients(x)
+    for ours, theirs in zip(gradients(x.to(memory_format=torch.channels_last)), expected):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_compiles_whole():
+    "Catches a graph break: fullgraph raises at anything that Python must decide while the network runs."
+    model, x, timesteps = shaken(UNet(8, (1, 2))), torch.randn(2, 3, 8, 8), torch.tensor([3, 9])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, timesteps), model(x, timesteps), atol=1e-5, rtol=1e-4)
+    expected = torch.autograd.grad(model(x, timesteps).sum(), list(model.parameters()))
+    for ours, theirs in zip(torch.autograd.grad(compiled(x, timesteps).sum(), list(model.parameters())), expected):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
 
 
 def test_level_attention():
