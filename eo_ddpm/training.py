@@ -359,10 +359,7 @@ def start_quietly(
 
 # %% ../nbs/05_training.ipynb #7e327d1f
 def keep_memory():
-    """Let this process keep the memory of large tensors for the next ones, on Linux.
-
-    Left alone, glibc gives blocks of megabytes back to the system, which clears each of them before it lends it again:
-    a fifth of a step on a CPU."""
+    "Let this process keep the memory of large tensors for the next ones, on Linux: no clearing in between."
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):  # other C libraries have none
         libc.mallopt(-4, 0)        # M_MMAP_MAX: no block of its own for a large tensor
