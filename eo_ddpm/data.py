@@ -376,7 +376,7 @@ def crop_patches(
     generator:torch.Generator=None, # source of the randomness, on the device of `pixels`
 )->Tensor:                      # (B,size,size,C), as `pixels`: channels last, which is their order on disk
     "Cut a random window out of each chosen patch. Raises ValueError for a window larger than a patch."
-    if isinstance(pixels, Subset): pixels, index = pixels.dataset, pixels.indices[index.cpu()]
+    if isinstance(pixels, Subset): pixels, index = pixels.dataset, torch.as_tensor(pixels.indices)[index.cpu()]
     h, w = pixels.shape[-2:]
     if size > min(h, w): raise ValueError(f"cannot crop {size} pixels out of patches of {h} x {w}")
     top, left = (torch.randint(n-size+1, (len(index),), generator=generator, device=pixels.device) for n in (h, w))

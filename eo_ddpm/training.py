@@ -53,8 +53,8 @@ from .data import draw_patches
 from .forward import add_noise, at
 from .plot import make_grid, save_grid
 from .schedules import NoiseSchedule, get_schedule
-from .store import (check_disk, confirm, finish_first, read_seal, remove_folder, replace_text, sealed_folder,
-                           stop_cleanly)
+from .store import (check_disk, confirm, finish_first, naming, read_seal, remove_folder, replace_text,
+                           sealed_folder, stop_cleanly)
 from .unet import ResnetBlock, UNet
 
 # %% ../nbs/05_training.ipynb #877f1f90
@@ -455,7 +455,9 @@ def save_checkpoint(
 )->Path:               # run/checkpoints/step_0000800
     "Everything that the next step depends on, in a sealed folder. Raises OSError if it cannot be written; older ones stay."
     folder = run/"checkpoints"/f"step_{state.step:07d}"
-    if is_whole(folder): return folder
+    if is_whole(folder):
+        prune(run, folder, keep)
+        return folder
     files = dict(model=state.model.state_dict(), ema=state.ema.state_dict(), optimizer=optimizer_numbers(state.optimizer))
     note = dict(step=state.step, skipped=state.skipped, scaler=state.scaler.state_dict(), config=asdict(config))
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -465,7 +467,7 @@ def save_checkpoint(
             for name, values in files.items():
                 save_file({k: v.contiguous() for k, v in values.items()}, part/f"{name}.safetensors")
     except Exception as e: raise OSError(f"{folder} could not be written, the checkpoints before it are whole: {e}") from e
-    prune(run, keep)
+    prune(run, folder, keep)
     return folder
 
 # %% ../nbs/05_training.ipynb #d1c37c97
@@ -473,14 +475,14 @@ def list_checkpoints(
     run:str|Path,   # the run folder
 )->list[Path]:      # oldest first
     "All checkpoints of a run, whole or not."
-    return sorted((Path(run)/"checkpoints").glob("step_*"))
+    return sorted((Path(run)/"checkpoints").glob("step_"+7*"[0-9]"))
 
 def read_table(
     path:Path,               # metrics.csv or epochs.csv
 )->list[dict[str, float]]:   # [] if there is no file yet
     "The lines of a table of numbers; a last line that is not finished is left out."
     if not path.is_file(): return []
-    with open(path, encoding="utf-8", newline="") as f: rows = [row for row in csv.DictReader(f) if None not in row.values()]
+    with open(path, encoding="utf-8", newline="") as f: rows = [*csv.DictReader(line for line in f if line.endswith("\n"))]
     return [{k: int(v) if k in ("step", "epoch") else float(v) for k, v in row.items()} for row in rows]
 
 def read_epochs(
@@ -498,10 +500,12 @@ def best_first(
 
 def prune(
     run:Path,     # the run folder
+    newest:Path,  # the one just written; those after it are damaged, else the run would have gone on from there
     keep:int,     # at least 1
 ):
     "Remove all checkpoints but the newest and the best."
-    for old in list_checkpoints(run)[:-keep]:
+    shutil.rmtree(run/"checkpoints"/"removed", ignore_errors=True)  # of a run that was killed
+    for old in [folder for folder in list_checkpoints(run) if folder <= newest][:-keep]:
         if old != best_first(run)[0]: remove_folder(old)
 
 # %% ../nbs/05_training.ipynb #7a67ea4e
@@ -591,12 +595,12 @@ def fingerprint(
 def check_same_run(
     run:Path,
     config:TrainConfig,
-    data:str,           # fingerprint of the training patches
+    data:dict,          # fingerprints of the training patches and of those held out
 ):
     "Raises ValueError that names all that differs if the folder belongs to a run with another config or other data."
     info = read_info(run)
     if not info: return
-    old, new = dict(asdict(read_config(run)), data=info.get("fingerprint")), dict(asdict(config), data=data)
+    old, new = asdict(read_config(run)) | info["fingerprints"], asdict(config) | data
     old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))  # tuples become lists
     differ = [f"{k} was {old[k]}, is {new[k]}" for k in new if old[k] != new[k]]
     if differ: raise ValueError(f"{run}: another run's folder ({'; '.join(differ)}): choose another one")
@@ -669,7 +673,7 @@ class Log:
     def add(self, row:dict):
         "A step: step, loss, grad_norm, lr, seconds."
         self.losses.append(row["loss"])
-        self.writer.writerow(row)
+        with naming(self.run/"metrics.csv"): self.writer.writerow(row)
         for name in ("loss", "grad_norm", "lr"): self.board.add_scalar(name, row[name], row["step"])
 
     def add_epoch(self, row:dict):
@@ -680,7 +684,8 @@ class Log:
 
     def confirm(self): self.board.flush(); confirm(self.run/"metrics.csv")
 
-    def close(self): self.file.close(); self.board.close()
+    def close(self):
+        with naming(self.run): self.file.close(); self.board.close()
 
 # %% ../nbs/05_training.ipynb #d2220300
 def check_pixels(
@@ -842,7 +847,10 @@ def look(
         if job.bad >= PATIENCE[job.precision]: raise FloatingPointError(diagnosis(row, job.config, job.pixels, job.precision))
     if job.log and now-job.saved > job.save_every: save(job)
     if job.log and job.watch and now-job.shown > 2: show(job)
-    if stops[0]: raise KeyboardInterrupt
+    if stops[0]:
+        if job.log: save(job)
+        job.team.wait_for_everyone()  # a launcher ends all others soon after the first has left
+        raise KeyboardInterrupt
 
 def save(job:Job)->Path:
     "The log first, then the checkpoint that trusts it."
@@ -894,7 +902,7 @@ def finish_epoch(
     if job.on_epoch is None or state.step == log.began and picture.exists(): return  # drawn before the run was stopped
     samples = job.on_epoch(state.ema, job.schedule, epoch)
     if samples is None: return
-    save_grid(picture, samples)
+    save_grid(picture.with_suffix(".part.png"), samples).replace(picture)  # whole or not at all
     log.board.add_image("samples", make_grid(samples, 5), state.step, dataformats="HWC")
 
 # %% ../nbs/05_training.ipynb #f37f8033
@@ -931,6 +939,7 @@ def open_run(
     run:Path,
     config:TrainConfig,
     pixels:Tensor|Subset,
+    held:Tensor|Subset|None,
     device:torch.device,
     resume:bool,
     info:dict,
@@ -939,9 +948,9 @@ def open_run(
     "All checks before anything is written, then config.json. Raises what `fit` raises."
     if list_checkpoints(run) and not resume:
         raise FileExistsError(f"{run} already holds {list_checkpoints(run)[-1].name}: pass resume=True or choose another folder")
-    data = fingerprint(pixels)
+    data = dict(data=fingerprint(pixels), held=None if held is None else fingerprint(held))
     check_same_run(run, config, data)
-    write_config(run, config, dict(fingerprint=data, precision_used=run_precision(run, config, device), processes=processes,
+    write_config(run, config, dict(fingerprints=data, precision_used=run_precision(run, config, device), processes=processes,
                                    machine=describe_machine(device), **info))
 
 def fit(
@@ -965,12 +974,13 @@ def fit(
     into `run`; FloatingPointError after several steps in a row whose loss is no number; OSError if the disk is full."""
     run, (team, device) = Path(run), join_team(device)
     check_pixels(pixels, config)
+    if keep < 1: raise ValueError(f"keep = {keep}: expected at least 1")
     my_share(config, team)
     with ExitStack() as stack:
         stack.enter_context(stop_cleanly())
         if team.is_main_process:
             stack.enter_context(only_one(run))
-            open_run(run, config, pixels, device, resume, info or {}, team.num_processes)
+            open_run(run, config, pixels, held, device, resume, info or {}, team.num_processes)
         team.wait_for_everyone()
         job = start_job(run, config, pixels, held, device, team, on_epoch, watch, keep, save_every)
         if job.log: stack.callback(job.log.close)
@@ -978,4 +988,5 @@ def fit(
         except (KeyboardInterrupt, SystemExit):
             if job.log: stopped(job)
             raise
+    team.wait_for_everyone()  # the first one may still paint
     return job.state.ema

@@ -372,6 +372,7 @@ def test_config_json_says_where_a_run_came_from(unbroken):
     assert read_config(unbroken) == CONFIG and info["config"]["seed"] == 1
     assert info["precision_used"] == "float32" and info["machine"]["device"].startswith("cpu")
     assert {"eo_ddpm", "torch", "numpy", "python", "threads", "git_commit"} <= info["machine"].keys()
+    assert info["fingerprints"] == dict(data=fingerprint(PIXELS), held=None) and info["processes"] == 1
 
 
 def test_tensorboard_has_every_step(unbroken):
@@ -583,6 +584,13 @@ def test_metrics_can_be_read_while_training(tmp_path):
     seen = []
     run(tmp_path, on_epoch=lambda model, schedule, epoch: seen.append(len(read_metrics(tmp_path))))
     assert seen == [2, 4, 6]
+
+
+def test_watching(tmp_path):
+    "Catches a live curve that never comes, or shows other losses than the log."
+    seen = []
+    run(tmp_path, watch=lambda losses: seen.append([*losses]))
+    assert len(seen) >= CONFIG.epochs and seen[-1] == [row["loss"] for row in read_metrics(tmp_path)]
 
 
 def test_old_pictures_are_drawn_again(unbroken, tmp_path):
