@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -600,6 +600,8 @@ def check_same_run(
     "Raises ValueError that names all that differs if the folder belongs to a run with another config or other data."
     info = read_info(run)
     if not info: return
+    missing = [f.name for f in fields(TrainConfig) if f.name not in info["config"]] + ["fingerprints"]*("fingerprints" not in info)
+    if missing: raise ValueError(f"{run}: a run of another version of the course (no {', '.join(missing)}): choose another folder")
     old, new = asdict(read_config(run)) | info["fingerprints"], asdict(config) | data
     old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))  # tuples become lists
     differ = [f"{k} was {old[k]}, is {new[k]}" for k in new if old[k] != new[k]]

@@ -712,6 +712,16 @@ def test_config_and_data_differ(calm, tmp_path):
     refused(shutil.copytree(calm, tmp_path/"run"), replace(CONFIG, lr=.5), PIXELS[1:], "lr was 0.001, is 0.5.*data was 6 .*is 5 ")
 
 
+@pytest.mark.parametrize("gone", ["fingerprints", "input_scale", "pieces"])
+def test_a_run_of_an_older_version_is_refused(calm, tmp_path, gone):
+    "Catches a KeyError, or a run that goes on with a setting it never had: runs outlive the package that made them."
+    run = shutil.copytree(calm, tmp_path/"run")
+    info = json.loads((run/"config.json").read_text(encoding="utf-8"))
+    (info if gone in info else info["config"]).pop(gone)
+    (run/"config.json").write_text(json.dumps(info), encoding="utf-8")
+    refused(run, CONFIG, PIXELS, f"another version of the course .no {gone}.: choose another folder")
+
+
 # --- two programs ---
 
 @unix
