@@ -149,7 +149,8 @@ def sample_images(run, n, steps, seed, out, geotiff, device):
     from eo_ddpm.data import Scale
     from eo_ddpm.images import RGB, band_indices, write_patch
     from eo_ddpm.plot import save_grid
-    from eo_ddpm.training import best_device, read_info
+    from eo_ddpm.runs import read_info
+    from eo_ddpm.training import best_device
     x0, info = paint(run, n, steps, seed, device or best_device()), read_info(run)
     bands, scale = tuple(info["bands"]), Scale(**info["scale"])
     save_grid(out, x0[:, band_indices(RGB, bands)] if set(RGB) <= set(bands) else x0[:, :3], zoom=4)

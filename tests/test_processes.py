@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eo_ddpm.training import is_whole, latest_checkpoint, list_checkpoints, read_epochs, read_metrics
+from eo_ddpm.runs import is_whole, latest_checkpoint, list_checkpoints, read_epochs, read_metrics
 
 unix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs SIGKILL and signals to other processes")
 pytestmark = pytest.mark.slow
@@ -158,7 +158,7 @@ class Team:
             time.sleep(.02)
         return self
 
-    def steps(self, n): return self.until(lambda: len(read_metrics(self.folder)) >= n)
+    def steps(self, n): return self.until(lambda: (self.folder/"metrics.csv").exists() and len(read_metrics(self.folder)) >= n)
 
     def said(self): return [open(f.name, encoding="utf-8").read() for f in self.files]
 

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from torch.utils.data import Subset
 
 from eo_ddpm import training
+from eo_ddpm.runs import fingerprint, is_whole, latest_checkpoint, list_checkpoints, read_epochs, read_metrics
 from eo_ddpm.store import read_seal
-from eo_ddpm.training import (TrainConfig, fingerprint, fit, held_loss, is_whole, latest_checkpoint, list_checkpoints,
-                              load_run, read_epochs, read_metrics)
+from eo_ddpm.training import TrainConfig, fit, held_loss, load_run
 
 unix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 NET = dict(dim=8, dim_mults=[1], patch=2, attention=["none"])
@@ -37,7 +37,7 @@ NURSERY = """
 import itertools, json, math, os, resource, shutil, signal, sys, time, traceback
 import torch
 import torch._dynamo  # the optimizer would import it in each child: a second
-from eo_ddpm import store, training
+from eo_ddpm import runs, store, training
 
 def paint(model, schedule, epoch):
     x = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(epoch))
@@ -618,7 +618,7 @@ def act(path, *args, **kwargs):
     file = original(path, *args, **kwargs)
     return Full(file) if str(path).endswith("{name}.tmp") and next(count) == 3 else file
 if "{name}" == "samples": at_call(training, 'save_grid', 2, full)
-elif "{name}" == "tensorboard": at_call(training.SummaryWriter, 'add_scalar', 20, full)
+elif "{name}" == "tensorboard": at_call(runs.SummaryWriter, 'add_scalar', 20, full)
 elif "{name}" == "config.json": at_call(store.os, 'replace', 1, full)
 elif "{name}" == "metrics.csv":
     make = training.Log.__init__
@@ -730,7 +730,7 @@ def test_two_programs_in_one_folder(nursery, calm, expected, tmp_path):
     folder, second = tmp_path/"run", Nursery(tmp_path)
     try:
         child = nursery.start(folder, "at_call(training, 'train_step', 6, lambda: time.sleep(60))")
-        while len(read_metrics(folder)) < 5 or whole(folder)[-1:] != ["step_0000005"]: time.sleep(.01)
+        while not (folder/"metrics.csv").exists() or len(read_metrics(folder)) < 5 or whole(folder)[-1:] != ["step_0000005"]: time.sleep(.01)
         time.sleep(.3)  # it falls asleep
         before = snapshot(folder)
         for resume in (True, False):
@@ -869,7 +869,7 @@ def test_tables_that_are_missing(nursery, calm, expected, tmp_path):
     assert read_epochs(folder) == [] and load_run(folder, best=True) and latest_checkpoint(folder).name == "step_0000012"
     shutil.rmtree(folder/"tensorboard")
     (folder/"metrics.csv").unlink()
-    assert read_metrics(folder) == []
+    with pytest.raises(FileNotFoundError, match="metrics.csv: not there"): read_metrics(folder)
     assert nursery.run(folder) == 0, nursery.err
     found = content(folder)
     assert all(torch.equal(v, found[0][k]) for k, v in expected[0].items())

@@ -16,12 +16,12 @@ from torch.optim.swa_utils import AveragedModel
 
 from eo_ddpm import training
 from eo_ddpm.forward import add_noise
+from eo_ddpm.runs import fingerprint, latest_checkpoint, list_checkpoints, read_epochs, read_metrics
 from eo_ddpm.schedules import get_schedule
 from eo_ddpm.store import read_seal
-from eo_ddpm.training import (OBJECTIVES, TrainConfig, batch_index, copy_weights, diffusion_loss, draw_noise,
-                              fingerprint, fit, held_loss, latest_checkpoint, list_checkpoints, load_checkpoint,
-                              load_run, loss_weight, lr_factor, new_state, pick_precision, predict_x0, read_config,
-                              read_epochs, read_metrics, seconds_per_step, step_generator, target_for, train_step,
+from eo_ddpm.training import (OBJECTIVES, TrainConfig, batch_index, copy_weights, diffusion_loss, draw_noise, fit,
+                              held_loss, load_checkpoint, load_run, loss_weight, lr_factor, new_state, pick_precision,
+                              predict_x0, read_config, seconds_per_step, step_generator, target_for, train_step,
                               update_ema)
 from eo_ddpm.unet import UNet
 
