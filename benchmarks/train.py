@@ -10,8 +10,8 @@ bar, a log or a file: the peers find ready float batches on the device, ours pay
 "As shipped" is what the peer's defaults do (on a CPU without the tutorial's fp16, which Accelerate refuses there), "tuned"
 what its users know: bfloat16 and channels last, on CUDA also fused attention (first peer) and noise drawn there (second).
 Diffusers' network differs from ours: compare its TFLOP/s (3 x forward, by torch's counter), not its steps. Seconds: in
-turns, each turn a fresh process (ours changes how its process keeps memory, which the peers must not profit from), the
-first step warms up; medians over rounds. Memory: beyond what was there before (CUDA: what tensors take; CPU: resident).
+turns, each turn a fresh process (ours changes how its process keeps memory, which the peers must not profit from), three
+steps warm up; medians over rounds. Memory: beyond what was there before (CUDA: what tensors take; CPU: resident).
 --levers changes one thing in ours at a time instead."""
 import argparse
 import copy
@@ -171,7 +171,7 @@ def turn(name, args):
     cuda, setting = args.device == "cuda", argparse.Namespace(**vars(args), pixels=fill(args))
     before = torch.cuda.memory_allocated() if cuda else status("VmRSS:")
     step, network = builders(setting)[name](setting)
-    clock(step, 3 if cuda else 1, args.device)  # warm up
+    clock(step, 3, args.device)  # warm up
     seconds = clock(step, args.steps, args.device)
     peak_bytes = torch.cuda.max_memory_allocated() if cuda else status("VmHWM:")
     return seconds, (peak_bytes-before)/2**20, weigh(network, args.size)
