@@ -183,7 +183,7 @@ def add_gradients(
         loss += part_loss.detach()
     return loss
 
-# %% ../nbs/05_training.ipynb #001992db
+# %% ../nbs/05_training.ipynb #7c6b1050
 def careful_step(
     optimizer:torch.optim.Optimizer,
     norm:Tensor,                  # gradient norm, scalar
@@ -359,7 +359,7 @@ class State:
     step:int=0         # steps done
     skipped:int=0      # of them, those whose gradient was no number
 
-# %% ../nbs/05_training.ipynb #ec35a57b
+# %% ../nbs/05_training.ipynb #35e73ab2
 def keep_memory():
     "Let this process keep the memory of large tensors for the next ones, on Linux: no clearing in between."
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -367,7 +367,7 @@ def keep_memory():
         libc.mallopt(-4, 0)        # M_MMAP_MAX: no block of its own for a large tensor
         libc.mallopt(-1, -1)       # M_TRIM_THRESHOLD: give nothing back
 
-# %% ../nbs/05_training.ipynb #fd0d88ab
+# %% ../nbs/05_training.ipynb #efaffa57
 def new_state(
     config:TrainConfig,
     device:torch.device|str="cpu",
@@ -501,7 +501,7 @@ def check_same_run(
     differ = [f"{k} was {old[k]}, is {new[k]}" for k in new if old[k] != new[k]]
     if differ: raise ValueError(f"{run}: another run's folder ({'; '.join(differ)}): choose another one")
 
-# %% ../nbs/05_training.ipynb #2fca8840
+# %% ../nbs/05_training.ipynb #68e9bf2f
 def write_config(
     run:Path,
     config:TrainConfig,
@@ -651,7 +651,7 @@ class Job:
     @property
     def total(self)->int: return self.config.epochs*self.per_epoch
 
-# %% ../nbs/05_training.ipynb #86ed31c2
+# %% ../nbs/05_training.ipynb #b1cc3858
 def take_step(job:Job):
     "One step; its numbers stay on the device for now."
     loss, norm = advance(job.state, job.config, job.pixels, job.schedule, job.total, job.precision, job.network,
@@ -663,7 +663,7 @@ def look_due(job:Job)->bool:
     on_cpu = job.pending[-1][2].device.type == "cpu"
     return on_cpu or len(job.pending) >= LOOK_EVERY or job.state.step % job.per_epoch == 0
 
-# %% ../nbs/05_training.ipynb #aa2514f9
+# %% ../nbs/05_training.ipynb #494c2332
 def save(job:Job)->Path:
     "The log first, then the checkpoint that trusts it."
     job.log.confirm()
@@ -793,7 +793,7 @@ def open_run(
     write_config(run, config, dict(fingerprints=data, precision_used=run_precision(run, config, device), processes=processes,
                                    machine=describe_machine(device), **info))
 
-# %% ../nbs/05_training.ipynb #83e61259
+# %% ../nbs/05_training.ipynb #b496fe39
 def fit(
     config:TrainConfig,
     pixels:Tensor|Subset,     # (N,C,H,W) uint8 or uint16 training patches, see `data.choose`
