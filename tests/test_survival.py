@@ -459,7 +459,7 @@ def test_a_strangers_folder_among_the_checkpoints(nursery, calm, tmp_path, name)
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 PLACES = {"train_step": "at_call(training, 'train_step', 6, stop)", "average": "at_call(training, 'update_ema', 6, stop)",
           "log": "at_call(training.Log, 'add', 6, stop)", "save_file": "at_call(training, 'save_file', 16, stop)",
-          "seal": "at_call(store, 'sha256', 19, stop)", "prune": "at_call(training, 'remove_folder', 4, stop)",
+          "seal": "at_call(store, 'sha256', 19, stop)", "prune": "at_call(runs, 'remove_folder', 4, stop)",
           "epoch": "at_call(training.Log, 'add_epoch', 2, stop)", "held_loss": "at_call(training, 'held_loss', 2, stop)",
           "confirm": "at_call(training.Log, 'confirm', 6, stop)", "picture": "at_call(training, 'save_grid', 2, stop)",
           "on_epoch": "paint_ = paint\ndef act(*args):\n    if args[2] == 2: stop()\n    return paint_(*args)\noptions['on_epoch'] = act"}
