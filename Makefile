@@ -9,7 +9,7 @@ PIP_ARGS ?=
 BIN = $(VENV)/bin
 NEEDS = settings.ini setup.py constraints.txt
 
-.PHONY: demo test test-all notebooks lab export readme clean
+.PHONY: demo test test-all notebooks lab pretrained export readme clean
 
 ## main job: train on the built-in Sentinel-2 sample for ten minutes and paint patches
 demo: $(VENV)/class.done
@@ -31,6 +31,13 @@ notebooks: $(VENV)/dev.done
 ## open the course
 lab: $(VENV)/class.done
 	$(BIN)/jupyter lab nbs
+
+## make the network that comes with the package anew: an hour
+pretrained: $(VENV)/dev.done
+	mkdir -p runs/box
+	cd nbs && $(abspath $(BIN))/papermill 07_train_gpu.ipynb ../runs/box/07_train_gpu.ipynb --kernel python3 --no-progress-bar \
+	  -p profile box -p run ../runs/box -p resume True
+	$(BIN)/python .ci/pretrained.py runs/box
 
 ## after editing a notebook: write the package, clean the notebooks, write the README
 export: $(VENV)/dev.done

@@ -1,4 +1,4 @@
-"""Put the best checkpoint of a run into the package, with its card: python .ci/pretrained.py RUN [MINUTES]"""
+"""Put the best checkpoint of a run into the package, with its card: python .ci/pretrained.py RUN"""
 import json
 import shutil
 import sys
@@ -58,7 +58,7 @@ def score(a, b):
     return f"{values.mean():.4f} ({values.quantile(.025):.4f} to {values.quantile(.975):.4f})"
 
 
-def main(run, minutes):
+def main(run):
     info, out, folder = read_info(run), pretrained_run(), latest_checkpoint(run, best=True)
     epochs = {row["step"]: row for row in read_epochs(run)}
     step = int(folder.name[5:])
@@ -90,7 +90,7 @@ def main(run, minutes):
     settings = (f"{c['schedule']} schedule, T = {c['T']}, objective {c['objective']}, U-Net {c['model']}, batch {c['batch_size']}, "
                 f"peak learning rate {c['lr']}, average {c['ema']}, {info['precision_used']}, seed {c['seed']}")
     (out/"README.md").write_text(CARD.format(
-        size=config.size, command=f"make pretrained MINUTES={minutes}", step=step, steps=c["epochs"]*c["steps_per_epoch"], patches=info["patches"],
+        size=config.size, command="make pretrained", step=step, steps=c["epochs"]*c["steps_per_epoch"], patches=info["patches"],
         holdout=info["holdout"], settings=settings, megabytes=(out/"checkpoints"/folder.name/"ema.safetensors").stat().st_size/1e6,
         parameters=sum(p.numel() for p in network.parameters())/1e6, held_loss=epochs[step]["held_loss"],
         kid_painted=score(features["real"], features["painted"]), kid_seen=score(features["real"], features["seen"]),
@@ -98,4 +98,4 @@ def main(run, minutes):
         nearer=(distance < yardstick.quantile(.05)).float().mean().item(), features=FEATURES), encoding="utf-8")
 
 
-if __name__ == "__main__": main(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "60")
+if __name__ == "__main__": main(Path(sys.argv[1]))
