@@ -40,8 +40,8 @@ woods, towns, marsh and water of one place. `load_run(pretrained_run())` loads i
 | the same, held-out real crops | {real_distance:.3f} |
 | painted patches nearer to a trained-on crop than 95 % of the held-out real ones | {nearer:.0%} |
 
-KID: 500 patches each, 20 network calls (DPM-Solver++), 100 subsets of 100, mean and middle 95 % of the subsets; {features}. It is
-no FID and compares with no number measured otherwise. Distances: root mean squared difference on [-1,1], 200 patches, every
+KID: 500 patches each, 20 network calls (DPM-Solver++), 100 subsets of 100, mean and middle 95 % of the subsets; {features}.
+It is no FID and compares with no number measured otherwise. Distances: root mean squared difference on [-1,1], 200 patches, every
 position, eight ways.
 
 ![the nearest neighbours](neighbours.png)

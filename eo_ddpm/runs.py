@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'read_table', 'write_table', 'read_metrics', 'read_epochs', 'list_checkpoints', 'is_whole', 'best_first',
            'prune', 'latest_checkpoint', 'describe_device', 'describe_machine', 'read_info', 'data_and_index',
-           'fingerprint', 'Log', 'only_one']
+           'fingerprint', 'Log', 'only_one', 'pretrained_run']
 
 # %% ../nbs/00_runs.ipynb #18a21496
 import csv
@@ -198,3 +198,8 @@ def only_one(
     try: lock = FileLock(run/".lock").acquire(timeout=0)
     except Timeout as e: raise RuntimeError(f"{run}: another program is training into this folder") from e
     with lock: yield
+
+# %% ../nbs/00_runs.ipynb #ab20610d
+def pretrained_run()->Path:
+    "The run folder that comes with the package, for `training.load_run`."
+    return Path(eo_ddpm.__file__).parent/"pretrained"
