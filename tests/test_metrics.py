@@ -17,7 +17,7 @@ def exactly(mean, covariance, n=400, seed=0):
     "n rows whose sample mean and sample covariance are just these."
     x = rows(n, len(mean), seed)
     x = x - x.mean(0)
-    x = x @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T
+    x = x @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov().view(len(mean), -1))).T
     return x @ torch.linalg.cholesky(covariance).T + mean
 
 
@@ -47,10 +47,10 @@ def test_frechet_is_torchmetrics(n, m, d):
     assert frechet_distance(a.float(), b.float()) == pytest.approx(frechet_distance(a, b), rel=1e-4)
 
 
-def test_frechet_is_biased_as_published():
-    "Two samples of one 256-d Gaussian: 371 (N = 25), 82 (256), 8 (4096). Catches a distance that hides why 25 samples are too few."
-    for n, expected in ((25, 371), (256, 82), (4096, 8)):
-        assert frechet_distance(rows(n, 256, 2), rows(n, 256, 3)) == pytest.approx(expected, rel=.12)
+def test_frechet_is_biased_for_few_rows():
+    "Two samples of one 256-d Gaussian are not 0 apart: about 400 (N = 25), 132 (256), 8.2 (4096), as torchmetrics says too."
+    for n, expected in ((25, 400), (256, 132), (4096, 8.2)):
+        assert frechet_distance(rows(n, 256, 2), rows(n, 256, 3)) == pytest.approx(expected, rel=.08)
 
 
 # KID
@@ -80,7 +80,8 @@ def test_kid_subsets_are_reproducible_and_cover_the_sets():
     a, b = rows(60, 8), rows(60, 8, 1)+.5
     draw = lambda seed: kid(a, b, 20, 50, torch.Generator().manual_seed(seed))
     assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1)) and draw(0).unique().numel() == 50
-    assert draw(0).mean().item() == pytest.approx(kid(a, b, 60, 1).item(), rel=.1)
+    many = kid(a, b, 20, 2000, torch.Generator().manual_seed(0))
+    assert many.mean().item() == pytest.approx(kid(a, b, 60, 1).item(), rel=.05)
 
 
 @pytest.mark.parametrize("call, text", [
