@@ -32,7 +32,7 @@ notebooks: $(VENV)/dev.done
 lab: $(VENV)/class.done
 	$(BIN)/jupyter lab nbs
 
-## make the network that comes with the package anew: an hour
+## make the network that comes with the package anew: half an hour on two cores with matrix units, else an hour or two
 pretrained: $(VENV)/dev.done
 	mkdir -p runs/box
 	cd nbs && $(abspath $(BIN))/papermill 07_train_gpu.ipynb ../runs/box/07_train_gpu.ipynb --kernel python3 --no-progress-bar \

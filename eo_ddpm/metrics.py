@@ -53,7 +53,7 @@ def frechet_distance(
     a:Tensor,  # (N,d) features
     b:Tensor,  # (M,d) features
 )->float:
-    """How far a bell curve through `a` is from one through `b`, squared. Dowson & Landau 1982, eq. 4; Heusel et al. 2017, eq. 6.
+    """How far a bell curve through `a` is from one through `b`, squared. Dowson & Landau 1982; Heusel et al. 2017, eq. 6.
 
     tr sqrt(AB) is the sum of the singular values of (half A)(half B)^T, if A = (half A)^T (half A): no root of a matrix."""
     check_features(a, b)
