@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from eo_ddpm import training
 from eo_ddpm.data import crop_patches, sample_pixels
 from eo_ddpm.schedules import get_schedule
-from eo_ddpm.training import TrainConfig, advance, new_state, pick_precision
+from eo_ddpm.training import TrainConfig, advance, new_state, pick_precision, record_graph
 from eo_ddpm.unet import Attention, to_picture
 from peers import STEPS, T, TUTORIAL, diffusers_step, lucidrains_step
 
@@ -43,13 +43,14 @@ DDP = "denoising-diffusion-pytorch"
 SHIPPED, TUNED, DEFAULT = f"{DDP}, as shipped", f"{DDP}, tuned", "eo_ddpm as it is"
 
 
-def ours(s, precision=None, change=lambda state: None, around=lambda step: step):
-    "The training step of the package. `change` turns a lever of the fresh state, `around` one of the step."
+def ours(s, precision=None, change=lambda state: None, around=lambda step: step, graph=True):
+    "The training step of the package. `change` turns a lever of the fresh state, `around` one of the step, `graph` the recording."
     config = TrainConfig(schedule="cosine", T=T, objective="noise", model=dict(dim=s.dim, dim_mults=[1, 2, 4]), size=s.size,
                          flips="horizontal", batch_size=s.batch, lr=2e-5, ema=.995)
     precision = precision or s.precision
     state, schedule = new_state(config, s.device, precision), get_schedule("cosine", T).to(s.device)
     change(state)
+    if graph: record_graph(state.model, config, precision)
     def step(): return advance(state, config, s.pixels, schedule, STEPS, precision)[0]
     return around(step), state.model
 
@@ -111,8 +112,9 @@ LEVERS = {DEFAULT: {}, "bfloat16": dict(precision="bfloat16"), "float32": dict(p
           "attention by hand": dict(change=attention_by_hand),
           "memory given back (CPU)": dict(change=memory_given_back),
           "loss read at every step": dict(around=lambda step: lambda: step().item()),
-          "torch.compile": dict(change=lambda state: state.model.compile())}
-ON_CUDA = {"torch.compile, CUDA graphs": dict(change=lambda state: state.model.compile(mode="reduce-overhead")),
+          "torch.compile": dict(change=lambda state: state.model.compile(), graph=False)}
+ON_CUDA = {"not recorded": dict(graph=False),
+           "torch.compile, CUDA graphs": dict(change=lambda state: state.model.compile(mode="reduce-overhead"), graph=False),
            "cudnn.benchmark": dict(around=torch.backends.cudnn.flags(enabled=True, benchmark=True))}
 
 

@@ -7,11 +7,11 @@ __all__ = ['OBJECTIVES', 'WEIGHTINGS', 'PRECISIONS', 'HALVES', 'NO_SCALER', 'PAT
            'check_objective', 'target_for', 'predict_x0', 'loss_weight', 'draw_noise', 'diffusion_loss', 'autocast',
            'best_device', 'pick_precision', 'add_gradients', 'careful_step', 'train_step', 'copy_weights', 'update_ema',
            'lr_factor', 'TrainConfig', 'check_config', 'check_share', 'step_generator', 'round_order', 'batch_index',
-           'start_quietly', 'State', 'keep_memory', 'new_state', 'advance', 'seconds_per_step', 'optimizer_numbers',
-           'save_checkpoint', 'load_checkpoint', 'read_config', 'check_same_run', 'write_config', 'run_precision',
-           'load_run', 'check_pixels', 'diagnosis', 'held_loss', 'join_team', 'my_share', 'share_model', 'Job',
-           'take_step', 'look_due', 'save', 'show', 'look', 'train_epochs', 'finish_epoch', 'start_job', 'stopped',
-           'open_run', 'fit']
+           'start_quietly', 'State', 'keep_memory', 'new_state', 'advance', 'record_graph', 'seconds_per_step',
+           'optimizer_numbers', 'save_checkpoint', 'load_checkpoint', 'read_config', 'check_same_run', 'write_config',
+           'run_precision', 'load_run', 'check_pixels', 'diagnosis', 'held_loss', 'join_team', 'my_share',
+           'share_model', 'Job', 'take_step', 'look_due', 'save', 'show', 'look', 'train_epochs', 'finish_epoch',
+           'start_job', 'stopped', 'open_run', 'fit']
 
 # %% ../nbs/05_training.ipynb #b8a1c4b4
 import ctypes
@@ -408,6 +408,20 @@ def advance(
     state.step += 1
     return loss, norm
 
+# %% ../nbs/05_training.ipynb #09181e81
+def record_graph(
+    model:UNet,
+    config:TrainConfig,
+    precision:str,  # "float32", "bfloat16" or "float16"
+)->UNet:            # the same; on CUDA, forward and backward of a whole batch are now replayed from a recording
+    "One call starts all the jobs of a pass: torch.cuda.make_graphed_callables. Not if compiled, or in pieces."
+    device = next(model.parameters()).device
+    if device.type != "cuda" or config.compile or config.pieces > 1: return model
+    xt = torch.zeros(config.batch_size, model.channels, config.size, config.size, device=device)
+    timesteps = torch.zeros(config.batch_size, dtype=torch.int64, device=device)
+    with torch.autocast(device.type, HALVES.get(precision), precision in HALVES, cache_enabled=False):
+        return torch.cuda.make_graphed_callables(model, (xt.contiguous(memory_format=torch.channels_last), timesteps))
+
 # %% ../nbs/05_training.ipynb #e9baba0c
 def seconds_per_step(
     config:TrainConfig,
@@ -419,6 +433,7 @@ def seconds_per_step(
     "How fast this machine trains, tried on a network that is thrown away."
     state, seconds = new_state(config, device, precision), []
     schedule = get_schedule(config.schedule, config.T, config.input_scale).to(device)
+    record_graph(state.model, config, precision)
     for _ in range(steps+3):
         start = time.perf_counter()
         loss, _ = advance(state, config, pixels, schedule, 1000, precision)
@@ -614,8 +629,7 @@ def share_model(
     model:UNet,
     team:PartialState,
 )->nn.Module:
-    "The network as it is called in training: with several processes, `backward` averages their gradients."
-    if team.num_processes == 1: return model
+    "The network as several processes call it in training: `backward` averages their gradients."
     device = next(model.parameters()).device
     return DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device])
 
@@ -763,9 +777,10 @@ def start_job(
     if config.compile:
         if team.is_main_process: print("compiling the network: the first steps take a minute or more")
         state.model.compile()
+    network = record_graph(state.model, config, precision) if team.num_processes == 1 else share_model(state.model, team)
     team.wait_for_everyone()  # all have read before the first one writes
     log = Log(run, state.step) if team.is_main_process else None
-    return Job(run, config, pixels, held, state, share_model(state.model, team), schedule, precision, team, log,
+    return Job(run, config, pixels, held, state, network, schedule, precision, team, log,
                *callbacks_and_saving)
 
 def stopped(job:Job):
