@@ -5,17 +5,25 @@ RUN    ?= runs/demo
 # On Linux without an NVIDIA GPU, PyTorch's own CPU builds save gigabytes:
 #   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_ARGS ?=
+PROFILE ?= laptop
+REPORT ?= runs/report-$(PROFILE)
+# More parameters of lesson 07 for `make report`:  make report PROFILE=report ARGS="-p data /data/SEN12MS"
+ARGS ?=
 
 BIN = $(VENV)/bin
 NEEDS = settings.ini setup.py constraints.txt
 
-.PHONY: demo test test-all notebooks lab pretrained export readme clean
+.PHONY: demo report test test-all notebooks lab pretrained export readme clean
 
 ## main job: train on the built-in Sentinel-2 sample for ten minutes and paint patches
 demo: $(VENV)/class.done
 	mkdir -p $(RUN)
 	cd nbs && $(abspath $(BIN))/papermill 07_train_gpu.ipynb $(abspath $(RUN))/07_train_gpu.ipynb \
 	  --kernel python3 --log-output --no-progress-bar -p profile laptop -p run $(abspath $(RUN)) -p resume True
+
+## the report's experiment: three schedules, trained, judged, compared; 40 minutes on two cores, goes on where it was stopped
+report: $(VENV)/class.done
+	$(BIN)/python .ci/report.py $(REPORT) --profile $(PROFILE) $(ARGS)
 
 ## all tests: package and notebooks in sync, every lesson executed, pytest, a headless smoke run of the training notebook
 test: $(VENV)/dev.done notebooks

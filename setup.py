@@ -34,7 +34,7 @@ setup(
         "Topic :: Scientific/Engineering :: Image Processing",
     ],
     packages=find_packages(include=["eo_ddpm", "eo_ddpm.*"]),
-    package_data={"eo_ddpm": ["pretrained/*", "pretrained/checkpoints/*/*"]},
+    package_data={"eo_ddpm": ["pretrained/*", "pretrained/checkpoints/*/*", "examples/*/*", "examples/*/samples/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={"class": class_needs, "dev": dev_needs},

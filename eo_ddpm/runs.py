@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'read_table', 'write_table', 'read_metrics', 'read_epochs', 'list_checkpoints', 'is_whole', 'best_first',
            'prune', 'latest_checkpoint', 'describe_device', 'describe_machine', 'read_info', 'data_and_index',
-           'fingerprint', 'Log', 'only_one', 'pretrained_run']
+           'fingerprint', 'Log', 'only_one', 'pretrained_run', 'example_runs', 'read_evaluation']
 
 # %% ../nbs/01_runs.ipynb #18a21496
 import csv
@@ -203,3 +203,17 @@ def only_one(
 def pretrained_run()->Path:
     "The run folder that comes with the package, for `training.load_run`."
     return Path(eo_ddpm.__file__).parent/"pretrained"
+
+# %% ../nbs/01_runs.ipynb #e5d03948
+def example_runs()->Path:
+    "The folder of the run folders linear, cosine and sigmoid that come with the package."
+    return Path(eo_ddpm.__file__).parent/"examples"
+
+def read_evaluation(
+    run:str|Path,  # a run folder
+)->dict:           # see the end of lesson 08
+    "What lesson 08 found. Raises FileNotFoundError if it has not looked yet, ValueError if the file is damaged."
+    path = Path(run)/"evaluation.json"
+    if not path.is_file(): raise FileNotFoundError(f"{path}: not there; lesson 08 makes it: papermill 08_evaluation.ipynb out.ipynb -p run {run}")
+    try: return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e: raise ValueError(f"{path}: damaged ({e})") from e

@@ -1,5 +1,7 @@
 "metrics.py: against closed forms, hand-computed numbers, torchmetrics, known fields and planted faults."
+import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -7,8 +9,11 @@ from torch.nn import functional as F
 from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import poly_mmd
 
-from eo_ddpm.metrics import (frechet_distance, image_features, kid, nearest_neighbours, radial_power_spectrum, turned,
-                             turned_back)
+from eo_ddpm import metrics
+from eo_ddpm.metrics import (frechet_distance, image_features, kid, loss_by_step, nearest_neighbours, radial_power_spectrum,
+                             random_crops, real_features, run_data, steps_at, turned, turned_back, wiener_loss)
+from eo_ddpm.runs import example_runs, pretrained_run, read_evaluation
+from eo_ddpm.schedules import get_schedule
 
 
 def rows(n, d, seed=0): return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -198,3 +203,143 @@ def test_turned_back(way):
     x = torch.arange(32.).view(2, 4, 4)
     assert torch.equal(turned_back(turned(x, way), way), x)
     assert sum(torch.equal(turned(x, way), turned(x, other)) for other in range(8)) == 1
+
+
+# Loss at one noise level, and the best linear filter
+
+STEPS = torch.tensor([3, 100, 250, 490])
+
+class Answer(torch.nn.Module):
+    "A network that always gives the same answer."
+    def __init__(self, answer): super().__init__(); self.answer = answer
+    def forward(self, xt, timesteps): return self.answer(xt, timesteps)
+
+
+def test_a_network_that_knows_nothing():
+    "By hand: zero for the noise misses all of it, 1; zero for x0 misses snr x0^2; zero for v is x0_pred = sqrt(abar) xt."
+    schedule, x0 = get_schedule("cosine", 500), .3*rows(4, 3*16*16).float().view(4, 3, 16, 16)
+    zero, snr, abar = Answer(lambda xt, t: torch.zeros_like(xt)), schedule.snr[STEPS], schedule.alphas_cumprod[STEPS]
+    noise_loss = loss_by_step(zero, x0, schedule, "noise", STEPS)
+    assert noise_loss.tolist() == pytest.approx([noise_loss[0].item()]*4, rel=1e-3)  # the same noise at every step
+    assert noise_loss[0].item() == pytest.approx(1, abs=.1)
+    assert loss_by_step(zero, x0, schedule, "x0", STEPS).tolist() == pytest.approx((snr*x0.square().mean()).tolist(), rel=1e-4)
+    v_loss = abar*(1-abar)*noise_loss + (1-abar)**2*x0.square().mean()  # mean |sqrt(abar) xt - x0|^2, nearly: x0 and noise are unlike
+    assert loss_by_step(zero, x0, schedule, "v", STEPS).tolist() == pytest.approx((snr*v_loss).tolist(), rel=.1)
+
+
+@pytest.mark.parametrize("objective", ["noise", "x0", "v"])
+def test_a_network_that_knows_everything(objective):
+    "Catches a loss that is not that of the noise: the right answer, half a unit off in the noise, costs 1/4 under any objective."
+    schedule, x0 = get_schedule("sigmoid", 500), .3*rows(4, 3*16*16).float().view(4, 3, 16, 16)
+    def answer(xt, timesteps):
+        abar = schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        noise = (xt - abar.sqrt()*x0[:len(xt)])/(1-abar).sqrt() + .5
+        guess = (xt - (1-abar).sqrt()*noise)/abar.sqrt()
+        return dict(noise=noise, x0=guess, v=abar.sqrt()*noise - (1-abar).sqrt()*guess)[objective]
+    assert loss_by_step(Answer(answer), x0, schedule, objective, STEPS).tolist() == pytest.approx([.25]*4, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "sigmoid"])
+def test_steps_at_a_level(name):
+    "Catches log10 for log, and a step counted from 1."
+    schedule = get_schedule(name, 500)
+    assert steps_at(schedule, schedule.snr[STEPS].log()).tolist() == STEPS.tolist()
+
+
+def field(size, std, slope=-2.):
+    "One patch (1,1,size,size) whose waves have just the power f^slope, and the standard deviation std."
+    f = (torch.fft.fftfreq(size)[:, None]**2 + torch.fft.fftfreq(size)**2).sqrt().double()
+    amplitude = f.clamp(min=1/size)**(slope/2)
+    amplitude[0, 0] = 0
+    waves = torch.fft.fft2(rows(size, size, 5))
+    x0 = torch.fft.ifft2(amplitude*waves/waves.abs()).real
+    return (std*x0/x0.square().mean().sqrt())[None, None]
+
+
+@pytest.mark.parametrize("name, at_30, at_15", [("linear", .071, .037), ("cosine", .139, .074), ("sigmoid", .125, .058)])
+def test_linear_filter_golden_numbers(name, at_30, at_15):
+    "The reference of a 1/f^2 spectrum at 128 px, T = 500, computed elsewhere (3 %: how the lowest wave is treated). Catches a missing power of snr, or x0's error for noise's."
+    snr = get_schedule(name, 500).snr
+    assert wiener_loss(field(128, .3), snr).mean().item() == pytest.approx(at_30, rel=.03)
+    assert wiener_loss(field(128, .15), snr).mean().item() == pytest.approx(at_15, rel=.03)
+
+
+def test_linear_filter_is_the_best_one():
+    "Against least squares with all pixels and bands at once, on patches that know no place: catches bands treated one by one."
+    base = rows(20_000, 8*8, 1).view(-1, 1, 8, 8)
+    base = base + base.roll(1, -1) + base.roll(1, -2)  # neighbours alike, everywhere in the same way
+    x0 = torch.cat([base, .5*base + .2*rows(20_000, 64, 2).view(-1, 1, 8, 8)], 1)
+    flat = (x0-x0.mean((0, 2, 3), keepdim=True)).flatten(1)
+    covariance = flat.T @ flat/len(flat)
+    for snr in (.1, 1., 10.):
+        left = torch.linalg.inv(torch.linalg.inv(covariance) + snr*torch.eye(128))  # covariance of x0 once xt is known
+        assert wiener_loss(x0, torch.tensor([snr])).item() == pytest.approx(snr*left.trace().item()/128, rel=.02)
+
+
+# What a run was trained on
+
+def test_run_data_of_the_box():
+    "Catches another split or scale than the run's: its fingerprints are compared."
+    train, held = run_data(pretrained_run())
+    assert (len(train), len(held)) == (71, 24) and train.dataset.shape[1:] == (3, 128, 128)
+    assert not set(train.indices.tolist()) & set(held.indices.tolist())
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda info: info["fingerprints"].update(held="24 x 3 x 128 x 128 uint8 0000"), "was made with 24 x 3 x 128 x 128 uint8 0000"),
+    (lambda info: info.update(scale=dict(lo=0, hi=5000, gamma=1., name="mine")), "was made with 71 x"),
+    (lambda info: info.pop("holdout"), "config.json lacks holdout")])
+def test_run_data_of_another_run(tmp_path, change, message):
+    info = json.loads((pretrained_run()/"config.json").read_text(encoding="utf-8"))
+    change(info)
+    (tmp_path/"config.json").write_text(json.dumps(info), encoding="utf-8")
+    with pytest.raises(ValueError, match=message): run_data(tmp_path)
+
+
+def test_run_data_says_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match="no run of lesson 07, config.json lacks bands"): run_data(tmp_path)
+    (tmp_path/"config.json").write_text('{"data": "bu', encoding="utf-8")
+    with pytest.raises(ValueError, match="config.json: damaged"): run_data(tmp_path)
+
+
+def test_features_of_real_patches_are_kept_and_never_stale(tmp_path, monkeypatch):
+    "Catches a file that is used for other pixels, another count, size or seed, and one that was cut short."
+    monkeypatch.setenv("EO_DDPM_CACHE", str(tmp_path))
+    asked = []
+    monkeypatch.setattr(metrics, "image_features", lambda x0: asked.append(len(x0)) or x0.flatten(1)[:, :5].contiguous())
+    pixels = torch.randint(256, (6, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    first = real_features(pixels, 8, 12, 0)
+    assert torch.equal(real_features(pixels, 8, 12, 0), first) and asked == [8]
+    assert torch.equal(first, random_crops(pixels, 8, 12, 0).flatten(1)[:, :5])
+    for other in [(pixels, 7, 12, 0), (pixels, 8, 11, 0), (pixels, 8, 12, 1)]: real_features(*other)
+    pixels[3, 1, 2, 2] ^= 1
+    real_features(pixels, 8, 12, 0)
+    assert len(asked) == 5
+    for path in (tmp_path/"features").iterdir(): path.write_bytes(path.read_bytes()[:-3])
+    pixels[3, 1, 2, 2] ^= 1
+    assert torch.equal(real_features(pixels, 8, 12, 0), first) and len(asked) == 6
+
+
+# What comes with the package, for lesson 09
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "sigmoid"])
+def test_example_runs_are_whole(name):
+    "Catches a run that was trained otherwise than the two others, or that lacks what lesson 09 reads."
+    run, first = (json.loads((example_runs()/n/"config.json").read_text(encoding="utf-8")) for n in (name, "linear"))
+    assert run["config"] | dict(schedule="") == first["config"] | dict(schedule="")
+    assert run["config"]["schedule"] == name and run["fingerprints"] == first["fingerprints"]
+    assert len(read_evaluation(example_runs()/name)["losses"]) == 17
+    assert {p.name for p in (example_runs()/name/"samples").iterdir()} >= {"epoch_001.png", "epoch_008.png"}
+
+
+def test_example_runs_are_small():
+    "The three together, and nothing in them that could hold code."
+    files = [p for p in example_runs().rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) < 2e6 and {p.suffix for p in files} == {".json", ".csv", ".png"}
+
+
+def test_a_run_that_nobody_has_judged(tmp_path):
+    with pytest.raises(FileNotFoundError, match="lesson 08 makes it"): read_evaluation(tmp_path)
+    shutil.copy(example_runs()/"linear"/"evaluation.json", tmp_path)
+    with open(tmp_path/"evaluation.json", "r+", encoding="utf-8") as f: f.truncate(100)
+    with pytest.raises(ValueError, match="evaluation.json: damaged"): read_evaluation(tmp_path)
