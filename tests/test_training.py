@@ -19,10 +19,10 @@ from eo_ddpm.forward import add_noise
 from eo_ddpm.runs import fingerprint, latest_checkpoint, list_checkpoints, read_epochs, read_metrics
 from eo_ddpm.schedules import get_schedule
 from eo_ddpm.store import read_seal
-from eo_ddpm.training import (OBJECTIVES, TrainConfig, batch_index, copy_weights, diffusion_loss, draw_noise, fit,
+from eo_ddpm.training import (OBJECTIVES, TrainConfig, advance, batch_index, copy_weights, diffusion_loss, draw_noise, fit,
                               held_loss, load_checkpoint, load_run, loss_weight, lr_factor, new_state, pick_precision,
-                              predict_x0, read_config, seconds_per_step, step_generator, target_for, train_step,
-                              update_ema)
+                              predict_x0, read_config, record_graph, seconds_per_step, step_generator, target_for,
+                              train_step, update_ema)
 from eo_ddpm.unet import UNet
 
 NET = dict(dim=8, dim_mults=[1], patch=2, attention=["none"])
@@ -620,3 +620,20 @@ def test_seconds_per_step_trains_nothing_else():
     before = torch.get_rng_state()
     assert 0 < seconds_per_step(CONFIG, PIXELS, "cpu", "float32", steps=2) < 10
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recorded_step_is_the_same_step():
+    "Catches a CUDA graph that was recorded with other weights, another memory order, or gradients that add up."
+    config, schedule = replace(CONFIG, precision="float32"), get_schedule(CONFIG.schedule, CONFIG.T).to("cuda")
+    states = [new_state(config, "cuda") for _ in range(2)]
+    record_graph(states[1].model, config, "float32")
+    pixels = PIXELS.cuda()
+    for _ in range(5): plain, recorded = ([value.item() for value in advance(state, config, pixels, schedule, 10, "float32")] for state in states)
+    assert recorded == pytest.approx(plain, rel=1e-3)
+
+
+def test_on_a_cpu_nothing_is_recorded():
+    "Catches a network whose forward was replaced where there is no GPU to replay on."
+    model = new_state(CONFIG).model
+    assert record_graph(model, CONFIG, "float32") is model and "forward" not in vars(model)
