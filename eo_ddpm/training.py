@@ -408,7 +408,7 @@ def advance(
     state.step += 1
     return loss, norm
 
-# %% ../nbs/05_training.ipynb #09181e81
+# %% ../nbs/05_training.ipynb #8118b168
 def record_graph(
     model:UNet,
     config:TrainConfig,
