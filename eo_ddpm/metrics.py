@@ -26,7 +26,7 @@ from .schedules import NoiseSchedule
 from .store import cache_dir
 from .training import autocast, check_objective, predict_x0, step_generator
 
-# %% ../nbs/08_evaluation.ipynb #67d4a10e
+# %% ../nbs/08_evaluation.ipynb #7f5e6686
 def run_data(
     run:str|Path,  # a run folder
 )->tuple[Subset, Subset]:  # the patches it was trained on, those held out: (N,C,H,W) uint8
@@ -81,7 +81,7 @@ def image_features(
         features.append(feature_network().extract_features((127.5*large+.5)/128).mean((2, 3)))  # as trained: (byte-127)/128
     return torch.cat(features)
 
-# %% ../nbs/08_evaluation.ipynb #9c373ca6
+# %% ../nbs/08_evaluation.ipynb #414ae997
 def real_features(
     pixels:Tensor|Subset,  # (M,3,H,W) uint8 or uint16
     count:int,
@@ -194,7 +194,7 @@ def nearest_neighbours(
                 smallest[i], nearest[i] = distance, turned_back(x0[patch, :, top:top+s, left:left+s], way)
     return (samples-nearest).square().mean((1, 2, 3)).sqrt(), nearest
 
-# %% ../nbs/08_evaluation.ipynb #968da9df
+# %% ../nbs/08_evaluation.ipynb #1bc80d5f
 @torch.no_grad()
 def loss_by_step(
     model:nn.Module,
@@ -223,7 +223,7 @@ def steps_at(
     "The step that comes nearest to each noise level."
     return (schedule.snr.log()-log_snr[:, None].to(schedule.snr)).abs().argmin(1)
 
-# %% ../nbs/08_evaluation.ipynb #d7972357
+# %% ../nbs/08_evaluation.ipynb #072c13b6
 def wiener_loss(
     x0:Tensor,   # (N,C,H,W) real patches
     snr:Tensor,  # (K,)
