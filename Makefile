@@ -24,7 +24,7 @@ demo: $(VENV)/class.done
 	cd nbs && $(abspath $(BIN))/papermill 07_train_gpu.ipynb $(abspath $(RUN))/07_train_gpu.ipynb \
 	  --kernel python3 --log-output --no-progress-bar -p profile laptop -p run $(abspath $(RUN)) -p resume True
 
-## the report's experiment: three schedules, trained, judged, compared; 40 minutes on two cores, goes on where it was stopped
+## the report's experiment: three schedules, trained, judged, compared; half an hour on two cores, goes on where it was stopped
 report: $(VENV)/class.done
 	$(BIN)/python .ci/report.py $(REPORT) --profile $(PROFILE) $(ARGS)
 

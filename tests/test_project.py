@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,18 @@ def test_light_import():
     code = "import sys, eo_ddpm.sampling, eo_ddpm.interop; print([m for m in ('nbdev', 'diffusers', 'ipywidgets', 'fastcore', 'pytest') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env={**os.environ, "MPLBACKEND": "agg"})
     assert run.stdout.strip() == "[]"
+
+
+def test_lessons_need_only_what_a_class_installs():
+    "Catches a lesson that imports what only `make test` installs: green here, an ImportError on thirty laptops."
+    needs = ConfigParser(delimiters=["="])
+    needs.read(ROOT/"settings.ini", encoding="utf-8")
+    listed = f"{needs['DEFAULT']['requirements']} {needs['DEFAULT']['class_requirements']}"
+    installed = {re.match(r"[\w-]+", need).group().lower().replace("-", "_") for need in listed.split()}
+    installed |= {"ipython", "pil", "eo_ddpm", *sys.stdlib_module_names}  # jupyterlab and matplotlib bring the first two
+    imports = re.compile(r"^\s*(?:from|import) (\w+)", re.MULTILINE)
+    strange = {}
+    for path in sorted((ROOT/"nbs").glob("*.ipynb")):
+        code = "\n".join("".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code")
+        if found := {name for name in imports.findall(code) if name.lower() not in installed}: strange[path.name] = found
+    assert not strange
