@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import papermill
+import yaml
 
 NOTEBOOKS = Path(__file__).resolve().parents[1]/"nbs"
 SCHEDULES = ("linear", "cosine", "sigmoid")
@@ -40,7 +41,7 @@ def main():
     parser.add_argument("--profile", default="laptop", help="of lesson 07: quick, laptop, box or report (default laptop)")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter of lesson 07")
     args = parser.parse_args()
-    out, parameters = args.out.resolve(), dict(args.p)
+    out, parameters = args.out.resolve(), {name: yaml.safe_load(value) for name, value in args.p}
 
     done = []
     for name in SCHEDULES:

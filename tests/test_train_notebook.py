@@ -72,6 +72,6 @@ def test_own_images(tmp_path):
     profile = dict(driver="GTiff", count=4, height=300, width=280, dtype="uint16", crs="EPSG:32737", transform=rasterio.Affine(10, 0, 0, 0, -10, 0))
     for i in range(3):
         with rasterio.open(folder/f"scene{i}.tif", "w", **profile) as dst: dst.write(pixels)
-    train(tmp_path/"run", data=str(folder), bands="B02,B03,B04,B08", scale="0,3000,1", holdout="3")
+    train(tmp_path/"run", data=str(folder), bands="B02,B03,B04,B08", scale="0,3000,1", holdout=3)  # as papermill hands on `-p holdout 3`
     config = json.loads((tmp_path/"run/config.json").read_text(encoding="utf-8"))
     assert config["config"]["model"]["channels"] == 4 and config["patches"] == 8 and config["holdout"] == [3]
