@@ -463,8 +463,9 @@ def test_killed_at_any_moment_it_goes_on_and_ends_the_same(season, unbroken, bui
     pid, begin = builder.start(season, out, workers), time.monotonic()
     assert not builder.wait() and content(out) == unbroken
     shutil.rmtree(out)
-    seconds, killed, resumed = time.monotonic()-begin, 0, set()
-    while killed < kills:
+    seconds, killed, resumed, tries = time.monotonic()-begin, 0, set(), 0
+    while killed < kills or (len(resumed) <= (kills > 3) and tries < 50):  # on a quick machine most kills hit the start
+        tries += 1
         pid = builder.start(season, out, workers)
         time.sleep(rng.uniform(.1, .9)*seconds)
         try: os.kill(pid, signal.SIGKILL)
