@@ -3,7 +3,6 @@
 REPORT is a folder of `make report`; FOUR_BANDS a run of lesson 07 with -p bands B04,B03,B02,B08. Weights stay behind: of the
 three runs come the tables (rounded), four grids of samples each and what lesson 08 found; of the fourth, 160 painted patches."""
 import csv
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -23,23 +22,18 @@ def copy_table(path, out):
     out.write_text("\n".join([",".join(rows[0]), *digits, ""]), encoding="utf-8", newline="\n")
 
 
-def copy_config(path, out):
-    "All but the machine's name for things."
-    (out/"config.json").write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")), indent=1), encoding="utf-8")
-
-
 def main(report, four):
     shutil.rmtree(example_runs(), ignore_errors=True)
     for name in ("linear", "cosine", "sigmoid"):
         run, out = report/name, example_runs()/name
         (out/"samples").mkdir(parents=True)
-        copy_config(run/"config.json", out)
+        shutil.copy(run/"config.json", out)
         for table in ("metrics.csv", "epochs.csv"): copy_table(run/table, out/table)
         shutil.copy(run/"evaluation.json", out)
         for epoch in {1, 2, 4, read_epochs(run)[-1]["epoch"]}: shutil.copy(run/"samples"/f"epoch_{epoch:03d}.png", out/"samples")
     out = example_runs()/"four_bands"
     out.mkdir()
-    copy_config(four/"config.json", out)
+    shutil.copy(four/"config.json", out)
     network, schedule, config = load_run(four)
     noise = torch.randn(160, 4, config.size, config.size, generator=torch.Generator().manual_seed(0))
     with autocast("cpu", pick_precision("cpu")): painted = dpm_solver_sample(network, schedule, noise, config.objective).float()

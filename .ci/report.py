@@ -11,6 +11,7 @@ from pathlib import Path
 
 import papermill
 import yaml
+from nbclient.exceptions import DeadKernelError
 
 NOTEBOOKS = Path(__file__).resolve().parents[1]/"nbs"
 SCHEDULES = ("linear", "cosine", "sigmoid")
@@ -22,7 +23,7 @@ def execute(lesson, out, **parameters):
     print(f"{lesson} -> {out/lesson}.ipynb", flush=True)
     try: papermill.execute_notebook(str(NOTEBOOKS/f"{lesson}.ipynb"), str(out/f"{lesson}.ipynb"), parameters, kernel_name="python3",
                                     cwd=str(NOTEBOOKS), log_output=lesson.startswith("07"), progress_bar=False)
-    except papermill.PapermillExecutionError as e: print(f"failed: {str(e).strip().splitlines()[-1]}", file=sys.stderr, flush=True)
+    except (papermill.PapermillExecutionError, DeadKernelError) as e: print(f"failed: {str(e).strip().splitlines()[-1]}", file=sys.stderr, flush=True)
     else: return True
 
 

@@ -24,7 +24,7 @@ from .forward import add_noise
 from .runs import fingerprint, read_info
 from .schedules import NoiseSchedule
 from .store import cache_dir
-from .training import autocast, check_objective, predict_x0, step_generator
+from .training import autocast, predict_x0, step_generator
 
 # %% ../nbs/08_evaluation.ipynb #7f5e6686
 def run_data(
@@ -230,7 +230,7 @@ def wiener_loss(
 )->Tensor:       # (K,) float64
     """What the best linear filter of these patches leaves of the noise, mean squared: p snr/(1 + p snr) for a wave of power p.
 
-    Wiener 1949, the bands of a wave taken together. Nothing that may bend (a network) needs to be worse."""
+    Wiener 1949, the bands of a wave taken together. The best that is not linear, too, leaves no more than that."""
     waves = torch.fft.fft2((x0-x0.mean((0, 2, 3), keepdim=True)).double(), norm="ortho").permute(2, 3, 1, 0)  # (H,W,C,N)
     power = torch.linalg.eigvalsh(waves @ waves.mH/len(x0)).clamp(min=0).flatten()  # (H*W*C,)
     signal = snr.double()[:, None]*power

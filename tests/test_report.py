@@ -7,6 +7,7 @@ from pathlib import Path
 
 import papermill
 import pytest
+from nbclient.exceptions import DeadKernelError
 
 from eo_ddpm.data import sample_root
 from eo_ddpm.runs import read_evaluation, read_info
@@ -64,6 +65,18 @@ def test_a_failed_run_spoils_nothing_and_is_made_up_for(lessons, tmp_path, monke
     assert report(monkeypatch, tmp_path)
     assert [(lesson, p.get("schedule")) for lesson, p in asked] == [("07", "linear"), ("08", None), ("09", None)]
     assert asked[0][1]["steps_per_epoch"] == 321
+
+
+def test_a_kernel_killed_for_memory_spoils_nothing_either(lessons, tmp_path, monkeypatch):
+    "papermill lets this one through as another kind of error: catches a report that dies with it."
+    asked, _ = lessons
+    honest = papermill.execute_notebook
+    def execute(source, out, parameters, **kwargs):
+        if parameters.get("schedule") == "cosine": raise DeadKernelError("Kernel died")
+        honest(source, out, parameters, **kwargs)
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    assert not report(monkeypatch, tmp_path)
+    assert (tmp_path/"sigmoid"/"evaluation.json").exists() and asked[-1][0] == "09"
 
 
 @pytest.mark.heavy
