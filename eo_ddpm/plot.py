@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OKABE_ITO', 'LINE_STYLES', 'to_rgb', 'make_grid', 'show_grid', 'save_grid', 'show_row', 'plot_lines', 'smooth',
-           'plot_loss', 'live_loss', 'explore']
+           'plot_loss', 'live_loss', 'explore', 'play']
 
 # %% ../nbs/00_plot.ipynb #45e54b1d
 import io
@@ -198,3 +198,30 @@ def explore(
         control.observe(update, "value")
     update()
     return ipywidgets.VBox([*controls.values(), picture])
+
+# %% ../nbs/00_plot.ipynb #b458fb9e
+def play(
+    pages:list[Tensor],   # (B,3,H,W) patches each, model scale [-1,1]
+    labels:list[str],     # one for each page
+    ncols:int=5,          # patches in a row
+    zoom:int=2,           # screen pixels for one image pixel
+    interval:int=120,     # milliseconds a page
+):                        # a box with the controls above the picture
+    "A film with a play button and a slider."
+    import ipywidgets
+    if len(pages) != len(labels): raise ValueError(f"{len(pages)} pages but {len(labels)} labels")
+    drawn = []
+    for page in pages:
+        file = io.BytesIO()
+        plt.imsave(file, make_grid(page, ncols).repeat(zoom, axis=0).repeat(zoom, axis=1), format="png")
+        drawn.append(file.getvalue())
+    picture, label, last = ipywidgets.Image(format="png"), ipywidgets.Label(), len(pages)-1
+    button = ipywidgets.Play(min=0, max=last, interval=interval)
+    slider = ipywidgets.IntSlider(0, 0, last, readout=False)
+    ipywidgets.jslink((button, "value"), (slider, "value"))  # in the browser: the button moves the slider
+
+    def update(change): picture.value, label.value = drawn[change["new"]], labels[change["new"]]
+
+    slider.observe(update, "value")
+    update({"new": 0})
+    return ipywidgets.VBox([ipywidgets.HBox([button, slider, label]), picture])

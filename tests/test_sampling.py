@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from eo_ddpm.forward import at
-from eo_ddpm.sampling import (ddim_sample, ddim_step, ddpm_sample, ddpm_step, denoise, dpm_solver_sample, noise_from,
-                              spaced_steps)
-from eo_ddpm.schedules import SCHEDULES, NoiseSchedule, get_schedule
+from eo_ddpm.sampling import (SPACINGS, VARIANCES, ddim_sample, ddim_step, ddpm_sample, ddpm_step, denoise, dpm_solver_sample,
+                              draw_like, noise_from, paint_seeds, seeded_noise, spaced_steps, steps_to_visit)
+from eo_ddpm.schedules import SCHEDULES, NoiseSchedule, get_schedule, zero_terminal_snr
 
 T = 50
 SHAPE = (2, 3, 8, 8)
@@ -105,18 +105,19 @@ def their_chain(scheduler, tiny, xt, steps, **options):
     chain = [xt]
     for t in scheduler.timesteps:
         output = tiny(chain[-1], torch.full((len(xt),), int(t)))
-        chain.append(scheduler.step(output, t, chain[-1], **options).prev_sample)
+        chain.append(scheduler.step(output, t, chain[-1], **options).prev_sample.float())
     return torch.stack(chain)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_ddpm_equals_diffusers(tiny, start, name, objective):
-    "The same faults as above, against a second implementation that shares no code with the first."
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_ddpm_equals_diffusers(tiny, start, name, objective, variance):
+    "The same faults as above, against a second implementation that shares no code with the first; and either variance."
     schedule = get_schedule(name, T)
-    scheduler = diffusers_scheduler("DDPMScheduler", schedule, objective, variance_type="fixed_small", clip_sample=True)
+    scheduler = diffusers_scheduler("DDPMScheduler", schedule, objective, variance_type=f"fixed_{variance}", clip_sample=True)
     expected = their_chain(scheduler, tiny, start, T, generator=seeded_generator())
-    ours, film = ddpm_sample(tiny, schedule, start, objective, generator=seeded_generator(), trajectory=True)
+    ours, film = ddpm_sample(tiny, schedule, start, objective, generator=seeded_generator(), trajectory=True, variance=variance)
     close(film[:, 0], expected[:-1])
     close(ours, expected[-1].clamp(-1, 1))
 
@@ -136,20 +137,75 @@ def test_ddim_equals_diffusers(tiny, start, name, objective, steps, eta):
     close(ours, expected[-1].clamp(-1, 1))
 
 
-@pytest.mark.parametrize("name, objective", [("linear", "noise")] + [(n, o) for n in SCHEDULES for o in ("x0", "v")])
+class AsNoise(nn.Module):
+    "A network of x0 (float64), asked as one of the noise: what 1/sqrt(abar) = 10^4 does to rounding is not the question here."
+    def __init__(self, tiny, abars):
+        super().__init__()
+        self.tiny, self.abars = tiny, abars
+
+    def forward(self, xt, timesteps):
+        abar = self.abars[timesteps][:, None, None, None]
+        return (xt.double() - abar.sqrt()*self.tiny(xt.float(), timesteps).double())/(1-abar).sqrt()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("steps", [1, 2, 5, 10, 25])
 def test_dpm_solver_equals_diffusers(tiny, start, name, objective, steps):
     """A wrong ratio in the extrapolation, a second-order first or last step, log-SNR without its half.
 
-    Unclipped, because Diffusers has no plain clip here; so the noise objective only where 1/sqrt(abar) is moderate."""
+    Unclipped, because Diffusers has no plain clip here; so the noise objective has a network whose x0_pred stays finite."""
     schedule = get_schedule(name, T)
+    model = AsNoise(tiny, schedule.exact["alphas_cumprod"]) if objective == "noise" else tiny
     scheduler = diffusers_scheduler("DPMSolverMultistepScheduler", schedule, objective, algorithm_type="dpmsolver++",
                                     solver_order=2, final_sigmas_type="zero", lower_order_final=True)
-    expected = their_chain(scheduler, tiny, start, steps)
-    ours, film = dpm_solver_sample(tiny, schedule, start, objective, clip=False, trajectory=True, steps=steps)
-    size = expected.abs().max().clamp(min=1)  # an untrained noise network leads far away from [-1,1]
+    expected = their_chain(scheduler, model, start, steps)
+    ours, film = dpm_solver_sample(model, schedule, start, objective, clip=False, trajectory=True, steps=steps)
+    size = expected.abs().max().clamp(min=1)  # an untrained network leads away from [-1,1]
     close(film[:, 0]/size, expected[:-1]/size)
+    rounding = 1e-6/schedule.exact["alphas_cumprod"][-1].sqrt().item()  # of xt, divided by sqrt(abar): up to 1e-3 for one step
+    close(ours, expected[-1].clamp(-1, 1), max(1e-4, rounding) if objective == "noise" and steps == 1 else 1e-4)
+
+
+# ---- zero terminal SNR
+
+def to_zero(name):
+    return NoiseSchedule(zero_terminal_snr(get_schedule(name, T).exact["betas"]), f"{name} to zero")
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("objective", ["x0", "v"])
+@pytest.mark.parametrize("kind, sampler, steps, options", [
+    ("DDPMScheduler", ddpm_sample, T, {}), ("DDIMScheduler", ddim_sample, T, {}), ("DDIMScheduler", ddim_sample, 10, {})])
+def test_zero_terminal_snr_equals_diffusers(tiny, start, name, objective, kind, sampler, steps, options):
+    "0/0 or log 0 at the first step, a schedule that was shifted in another way (Diffusers shifts by itself here)."
+    plain = get_schedule(name, T)
+    scheduler = diffusers_scheduler(kind, plain, objective, clip_sample=True, rescale_betas_zero_snr=True)
+    close(scheduler.alphas_cumprod.double(), to_zero(name).exact["alphas_cumprod"], 1e-5)
+    expected = their_chain(scheduler, tiny, start, steps, **({} if sampler is ddpm_sample else dict(use_clipped_model_output=True)),
+                           generator=seeded_generator())
+    options = {} if sampler is ddpm_sample else dict(steps=steps)
+    ours, film = sampler(tiny, to_zero(name), start, objective, generator=seeded_generator(), trajectory=True, **options)
+    close(film[:, 0], expected[:-1])
     close(ours, expected[-1].clamp(-1, 1))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("objective", ["x0", "v"])
+def test_dpm_solver_from_zero(tiny, start, name, objective):
+    "An infinite h that becomes NaN. The first jump must be DDIM's, and the second must not lean on a slope over an infinite way."
+    schedule = to_zero(name)
+    ours, film = dpm_solver_sample(tiny, schedule, start, objective, trajectory=True, steps=10)
+    theirs, their_film = ddim_sample(tiny, schedule, start, objective, trajectory=True, steps=10)
+    close(film[:3, 0], their_film[:3, 0])
+    assert ours.isfinite().all() and (film[4:, 0]-their_film[4:, 0]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_noise_says_nothing_at_zero(tiny, start, sampler):
+    "Black or NaN patches in silence: from a noise prediction at abar = 0 there is no x0."
+    with pytest.raises(ValueError, match=f"cosine to zero.*step {T-1} is noise alone.*x0 or v"):
+        sampler(tiny, to_zero("cosine"), start, "noise")
 
 
 # ---- exact answers
@@ -364,3 +420,146 @@ def test_unknown_objective(start, sampler):
     def never(xt, timesteps): raise AssertionError("the network was called")
     with pytest.raises(ValueError, match="unknown objective 'epsilon': expected one of noise, x0, v"):
         sampler(never, get_schedule("cosine", T), start, "epsilon")
+
+
+@pytest.mark.parametrize("steps", [[], [3, 7], [7, 7], [T], [3, -1], [5, 3, 4]])
+@pytest.mark.parametrize("sampler", [ddim_sample, dpm_solver_sample])
+def test_bad_lists_of_steps(tiny, start, sampler, steps):
+    "Steps that rise, repeat or lie outside: -1 would be taken for the last one."
+    with pytest.raises(ValueError, match=rf"expected falling numbers from {T-1} to 0"):
+        sampler(tiny, get_schedule("cosine", T), start, "v", steps=steps)
+
+
+def test_unknown_words(tiny, start):
+    "A word that is taken for the default."
+    with pytest.raises(ValueError, match="unknown variance 'fixed_small': expected one of small, large"):
+        ddpm_sample(tiny, get_schedule("cosine", T), start, "v", variance="fixed_small")
+    with pytest.raises(ValueError, match="unknown spacing 'even': expected one of trailing, leading, linspace"):
+        spaced_steps(T, 5, "even")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("xt", [torch.zeros(3, 8, 8), torch.zeros(2, 3, 8, 8, dtype=torch.uint8)])
+def test_bad_start(tiny, sampler, xt):
+    "A patch without its batch would be cut into bands; bytes would be noised as they are."
+    with pytest.raises(ValueError, match=r"xt is \(.*expected \(B,C,H,W\), floating point"):
+        sampler(tiny, get_schedule("cosine", T), xt, "v")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_bad_network(start, sampler):
+    "A network with one band (or with a variance in its answer) would be broadcast without a word."
+    for channels in (1, 6):
+        with pytest.raises(ValueError, match=rf"the network answers \(2, {channels}, 8, 8\) to \(2, 3, 8, 8\)"):
+            sampler(lambda xt, timesteps: torch.zeros(2, channels, 8, 8), get_schedule("cosine", T), start, "v")
+
+
+# ---- steps
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("total, steps", [(1000, 50), (500, 20), (50, 10), (50, 7), (1000, 3)])
+def test_spacings_equal_diffusers(spacing, total, steps):
+    "Another reading of the words in table 2 of Lin et al. 2023."
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDIMScheduler(num_train_timesteps=total, timestep_spacing=spacing)
+    scheduler.set_timesteps(steps)
+    theirs, ours = scheduler.timesteps.tolist(), spaced_steps(total, steps, spacing)
+    assert len(theirs) == len(ours) and max(abs(a-b) for a, b in zip(theirs, ours)) <= (0 if total % steps == 0 else 1)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_leading_chain_equals_diffusers(tiny, start, name):
+    "A list of steps that is not walked as given, or whose last stride does not end at clean."
+    schedule = get_schedule(name, T)
+    scheduler = diffusers_scheduler("DDIMScheduler", schedule, "v", clip_sample=True, set_alpha_to_one=True)
+    scheduler.register_to_config(timestep_spacing="leading")
+    expected = their_chain(scheduler, tiny, start, 10, use_clipped_model_output=True)
+    ours, film = ddim_sample(tiny, schedule, start, "v", trajectory=True, steps=spaced_steps(T, 10, "leading"))
+    close(film[:, 0], expected[:-1])
+    close(ours, expected[-1].clamp(-1, 1))
+
+
+@pytest.mark.parametrize("sampler", [ddim_sample, dpm_solver_sample])
+def test_a_list_of_steps_is_a_number_of_steps(tiny, start, sampler):
+    "A list that is treated in another way than the number that stands for it."
+    schedule = get_schedule("cosine", T)
+    assert steps_to_visit(T, 7) == spaced_steps(T, 7)
+    assert torch.equal(sampler(tiny, schedule, start, "v", steps=7), sampler(tiny, schedule, start, "v", steps=spaced_steps(T, 7)))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("t", [5, 20, 45])
+def test_a_chain_may_begin_in_the_middle(name, t):
+    "Noised real patches, taken up at their own step: a perfect network must bring them home, whatever the steps before."
+    schedule, world = get_schedule(name, T), torch.rand(1, 3, 8, 8)*2-1
+    abar = schedule.alphas_cumprod[t]
+    xt = abar.sqrt()*world + (1-abar).sqrt()*torch.randn(SHAPE)
+    perfect = lambda xt, timesteps: world.expand_as(xt)
+    for sampler in (ddim_sample, dpm_solver_sample):
+        close(sampler(perfect, schedule, xt, "x0", steps=list(range(t, -1, -1))), world.expand(SHAPE), 1e-5)
+
+
+# ---- the film
+
+@pytest.mark.parametrize("sampler, count", [(ddpm_sample, T), (ddim_sample, 10), (dpm_solver_sample, 10)])
+@pytest.mark.parametrize("every", [1, 3, 7, 10])
+def test_thinned_film(tiny, start, sampler, count, every):
+    "A thinned film that loses its last frame, or keeps others than every n-th."
+    options = {} if sampler is ddpm_sample else dict(steps=count)
+    run = lambda every: sampler(tiny, get_schedule("cosine", T), start, "v", generator=seeded_generator(), trajectory=every, **options)
+    (x0, film), (thin_x0, thin) = run(1), run(every)
+    assert torch.equal(thin_x0, x0) and torch.equal(thin, film.flip(0)[::every].flip(0))
+
+
+# ---- seeds
+
+SEEDED = [(ddpm_sample, {}), (ddim_sample, dict(steps=10, eta=1.)), (ddim_sample, dict(steps=10)), (dpm_solver_sample, dict(steps=10))]
+
+
+@pytest.mark.parametrize("sampler, options", SEEDED)
+def test_alone_or_in_a_batch(tiny, sampler, options):
+    "Fresh noise that is dealt out to the batch as a whole: a seed would name another picture in another company."
+    def run(seeds):
+        xt, generators = seeded_noise(seeds, SHAPE[1:])
+        return sampler(tiny, get_schedule("cosine", T), xt, "v", generator=generators, **options)
+    together = run([5, 6, 7, 8])
+    for i, seed in enumerate([5, 6, 7, 8]): close(run([seed])[0], together[i], 1e-5)
+    close(run([8, 5]), together[[3, 0]], 1e-5)
+    assert (together[0]-together[1]).abs().max() > .1
+
+
+def test_one_generator_each():
+    "One seed too few, which zip would pass over."
+    with pytest.raises(ValueError, match="3 generators for 2 patches: expected one for each"):
+        draw_like(torch.zeros(SHAPE), [torch.Generator()]*3)
+    xt, (first, _) = seeded_noise([1, 2], SHAPE[1:])
+    again = torch.Generator().manual_seed(1)
+    assert torch.equal(xt[0], torch.randn(SHAPE[1:], generator=again))
+    assert torch.equal(draw_like(xt, [first, first])[0], torch.randn(SHAPE[1:], generator=again))  # it draws on, it does not begin anew
+
+
+@pytest.mark.parametrize("sampler, options", SEEDED)
+def test_paint_seeds_is_the_sampler(tiny, sampler, options):
+    "A batch that is lost, doubled or out of order, whatever the batch size."
+    schedule, seeds = get_schedule("cosine", T), [3, 1, 4, 15, 9]
+    xt, generators = seeded_noise(seeds, SHAPE[1:])
+    expected = sampler(tiny, schedule, xt, "v", generator=generators, **options)
+    for batch_size in (1, 2, 5, 100):
+        painted = paint_seeds(sampler, tiny, schedule, seeds, SHAPE[1:], "v", batch_size, progress=False, **options)
+        close(painted, expected, 1e-5)
+
+
+def test_interrupt_keeps_what_is_done(tiny, capsys):
+    "Ctrl-C after minutes of painting that throws everything away; and one before anything is done that is swallowed."
+    def stops_at(batch):
+        calls = []
+        def sampler(*args, **options):
+            calls.append(1)
+            if len(calls) == batch: raise KeyboardInterrupt
+            return dpm_solver_sample(*args, steps=2, **options)
+        return sampler
+    schedule = get_schedule("cosine", T)
+    run = lambda sampler: paint_seeds(sampler, tiny, schedule, list(range(6)), SHAPE[1:], "v", 2, progress=False)
+    assert len(run(stops_at(3))) == 4
+    assert "stopped: 4 of 6 patches are painted" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt): run(stops_at(1))

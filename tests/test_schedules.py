@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from eo_ddpm.forward import add_noise
 from eo_ddpm.schedules import (SCHEDULES, NoiseSchedule, betas_from, cosine_betas, derive, get_schedule, linear_betas,
-                               sigmoid_betas, unit_time)
+                               sigmoid_betas, unit_time, zero_terminal_snr)
 
 COUNTS = (21, 50, 500, 1000)
 any_schedule = st.tuples(st.sampled_from(sorted(SCHEDULES)), st.integers(1, 1500)).map(
@@ -50,6 +50,49 @@ def test_cosine_closed_form(T):
     "Written again with numpy. Catches a time grid of T instead of T+1 points."
     f = np.cos((np.arange(T+1)/T+.008)/1.008*np.pi/2)**2
     same(cosine_betas(T), np.minimum(1-f[1:]/f[:-1], .999), 1e-12)
+
+
+def chen(curve, t, start, end, tau):
+    "Chen 2023 (arXiv 2301.10972), algorithm 1, in plain floats: gamma(t), before it is clipped."
+    f = {"cosine": lambda x: math.cos(x*math.pi/2)**(2*tau), "sigmoid": lambda x: 1/(1+math.exp(-x/tau))}[curve]
+    return (f(end)-f(start+t*(end-start)))/(f(end)-f(start))
+
+
+@pytest.mark.parametrize("curve, betas", [("cosine", cosine_betas), ("sigmoid", sigmoid_betas)])
+@pytest.mark.parametrize("start, end, tau", [(0., 1., 1.), (.2, 1., 1.), (.2, 1., 2.), (0., 1., .5), (-3., 3., .9), (0., 3., .3), (-3., 0., 1.1)])
+def test_start_end_tau_are_chens(curve, betas, start, end, tau):
+    "tau beside the wrong bracket, a curve that is not brought to 1 and 0, a power forgotten."
+    if curve == "cosine" and not 0 <= start < end <= 1: start, end = .1, .9
+    gamma = [chen(curve, i/500, start, end, tau) for i in range(501)]
+    same((1-betas(500, start, end, tau)).cumprod(0)[:-1], gamma[1:-1], 1e-9)
+
+
+@pytest.mark.parametrize("betas", [cosine_betas, sigmoid_betas])
+@pytest.mark.parametrize("wheels", [dict(start=2., end=1.), dict(start=1., end=1.), dict(tau=0.), dict(tau=-1.), dict(tau=float("nan"))])
+def test_bad_wheels(betas, wheels):
+    "A curve that rises, or 0/0: betas below 0 or NaN."
+    with pytest.raises(ValueError, match="expected start < end, tau > 0"): betas(500, **wheels)
+
+
+@pytest.mark.parametrize("T", (2, *COUNTS))
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_zero_terminal_snr_equals_diffusers(name, T):
+    "Lin et al. 2023, algorithm 1, as Diffusers has it: abar shifted instead of its root, a start that moves."
+    ddim = pytest.importorskip("diffusers.schedulers.scheduling_ddim")
+    if name == "linear" and T <= 20: T = 21
+    betas = SCHEDULES[name](T)
+    ours = zero_terminal_snr(betas)
+    same(ours, ddim.rescale_zero_terminal_snr(betas), 1e-9)
+    schedule = NoiseSchedule(ours)
+    assert schedule.exact["snr"][-1] == 0 and ours[-1] == 1
+    same(schedule.exact["alphas_cumprod"][0], (1-betas)[0], 1e-12)
+    assert all(value.isfinite().all() for value in schedule.exact.values())
+
+
+@pytest.mark.parametrize("betas", [[1., .5], [.1, 1., .5], [.1, 1.1], [.1, float("nan")]])
+def test_only_the_last_beta_may_be_one(betas):
+    "abar = 0 in the middle: everything after it is 0/0."
+    with pytest.raises(ValueError, match="the last may be 1"): NoiseSchedule(torch.tensor(betas))
 
 
 @pytest.mark.parametrize("T", COUNTS)
@@ -235,7 +278,7 @@ def test_accepts_lists_and_float32():
     (lambda: get_schedule("quadratic"), "unknown schedule 'quadratic': expected one of linear, cosine, sigmoid"),
     (lambda: get_schedule("linear", 5), "T = 5"),
     (lambda: NoiseSchedule(torch.tensor([0., .1])), "found 0 to 0.1"),
-    (lambda: NoiseSchedule(torch.tensor([.1, 1.])), "found 0.1 to 1"),
+    (lambda: NoiseSchedule(torch.tensor([1., .1])), "found 0.1 to 1"),
     (lambda: NoiseSchedule(torch.tensor([-.1, .1])), "found -0.1 to 0.1"),
     (lambda: NoiseSchedule(torch.tensor([.1, math.nan])), "found nan to nan"),
     (lambda: NoiseSchedule(torch.zeros(2, 3)), r"got \(2, 3\)"),
