@@ -7,6 +7,7 @@ import sys
 import types
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,15 +20,30 @@ def stub(name):
     return module
 
 
+def fill_vision(transforms, utils):
+    "What the oracle's Trainer needs of torchvision, for pictures that have the right size already and are not mirrored."
+    def compose(steps):
+        def run(x):
+            for step in steps: x = step(x)
+            return x
+        return run
+    same = lambda *args: lambda x: x
+    transforms.Compose, transforms.Lambda = compose, lambda f: f
+    transforms.Resize = transforms.CenterCrop = transforms.RandomHorizontalFlip = same
+    transforms.ToTensor = lambda: lambda image: torch.from_numpy(np.array(image)).movedim(-1, 0)/255  # (H,W,C) -> (C,H,W)
+    utils.save_image = lambda *args, **options: None
+
+
 def import_lucidrains():
     """denoising-diffusion-pytorch 1.10.12, the independent oracle.
 
-    It imports torchvision and pytorch_fid for image files and FID; neither is used here, so where they are
-    missing an empty module stands in. Diffusers is imported first: it looks for torchvision by itself."""
+    It imports torchvision and pytorch_fid for image files and FID. Where they are missing a module stands in that can
+    do no more than read the tests' own pictures. Diffusers is imported first: it looks for torchvision by itself."""
     importlib.import_module("diffusers")
     if importlib.util.find_spec("torchvision") is None:
         vision = stub("torchvision")
         vision.transforms, vision.utils = stub("torchvision.transforms"), stub("torchvision.utils")
+        fill_vision(vision.transforms, vision.utils)
     if importlib.util.find_spec("pytorch_fid") is None:
         stub("pytorch_fid")
         stub("pytorch_fid.fid_score").calculate_frechet_distance = None

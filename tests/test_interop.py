@@ -1,12 +1,18 @@
-"""Weights of denoising-diffusion-pytorch 1.10.12 in our U-Net: the same numbers come out."""
+"""Files of denoising-diffusion-pytorch 1.10.12: the same numbers, the same pictures, the same next step."""
+import copy
 import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
-from ema_pytorch import EMA
+from PIL import Image
 
-from eo_ddpm.interop import LEVEL_PARTS, load_lucidrains, rename_key, unet_arguments
+from eo_ddpm.interop import (LEVEL_PARTS, load_lucidrains, lucidrains_adam, lucidrains_settings, rename_key, schedule_from_betas,
+                             unet_arguments)
+from eo_ddpm.sampling import ddim_sample, ddpm_sample
+from eo_ddpm.schedules import SCHEDULES
+from eo_ddpm.training import OBJECTIVES, loss_weight, train_step
 from eo_ddpm.unet import UNet
 
 
@@ -145,20 +151,175 @@ def test_code_in_a_file_is_not_run(tmp_path):
     assert victim.exists()
 
 
-def test_trainer_checkpoint(lucidrains, oracle, tmp_path):
-    "Catches a Trainer's file that is loaded in part or fails with a riddle; its two U-Nets can be taken out by hand."
-    diffusion = lucidrains.GaussianDiffusion(oracle, image_size=16, timesteps=10)
-    averaged = EMA(diffusion)
-    file = {"step": 3, "model": diffusion.state_dict(), "opt": {}, "ema": averaged.state_dict(), "version": "1.10.12"}
-    torch.save(file, tmp_path/"model-1.pt")
-    with pytest.raises(ValueError, match="expected init_conv.weight and more, found step, model, opt, ema"):
-        load_lucidrains(tmp_path/"model-1.pt")
-    with pytest.raises(ValueError, match="expected init_conv.weight"): load_lucidrains(diffusion.state_dict())
-    file = torch.load(tmp_path/"model-1.pt", weights_only=True)
-    for part, prefix in (("model", "model."), ("ema", "ema_model.model.")):
-        unet = {key.removeprefix(prefix): value for key, value in file[part].items() if key.startswith(prefix)}
-        same_outputs(oracle, load_lucidrains(unet).eval(), (1, 3, 8, 8))
+# the library's own training files
 
+T = 40
+
+
+@pytest.fixture(scope="module")
+def trainer(lucidrains, tmp_path_factory):
+    """A real Trainer after two steps on 100 pictures, which has painted one patch and saved model-1.pt.
+
+    dim 16, not 8: with one channel to a group the norm cancels the biases before it, and Adam makes whole steps of rounding errors."""
+    folder = tmp_path_factory.mktemp("trainer")
+    chance = np.random.default_rng(0)
+    for i in range(100): Image.fromarray(chance.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder/f"{i}.png")
+    torch.manual_seed(7)
+    diffusion = lucidrains.GaussianDiffusion(shaken(lucidrains.Unet(16, dim_mults=(1, 2))), image_size=16, timesteps=T, beta_schedule="cosine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lucidrains, "cpu_count", lambda: 0)  # no processes to read 100 small files
+        trainer = lucidrains.Trainer(diffusion, folder, train_batch_size=16, train_lr=1e-3, train_num_steps=2, save_and_sample_every=2,
+                                     num_samples=1, results_folder=folder/"results", calculate_fid=False, augment_horizontal_flip=False)
+        trainer.train()
+    trainer.file = folder/"results"/"model-1.pt"
+    return trainer
+
+
+def equal_weights(theirs, ours):
+    return all(torch.equal(value, ours.state_dict()[rename_key(key)]) for key, value in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_both_networks_of_a_trainer_s_file(trainer, averaged):
+    "Catches the raw weights where the averaged were asked for, and the other way round."
+    raw, average = trainer.model.model, trainer.ema.ema_model.model
+    assert not torch.equal(raw.init_conv.weight, average.init_conv.weight)  # else there is nothing to mix up
+    ours = load_lucidrains(trainer.file, averaged)
+    assert equal_weights(average if averaged else raw, ours)
+    assert equal_weights(average, load_lucidrains(trainer.file))
+    same_outputs(average if averaged else raw, ours.eval(), (3, 3, 16, 16))
+
+
+def test_every_dictionary_on_the_way_in(trainer):
+    "Catches a state dict of one layer of the onion that is taken for another's."
+    file = torch.load(trainer.file, weights_only=True)
+    raw, average = trainer.model.model, trainer.ema.ema_model.model
+    assert equal_weights(average, load_lucidrains(file)) and equal_weights(average, load_lucidrains(file["ema"]))
+    for source in (file["model"], trainer.model.state_dict(), raw.state_dict()):
+        assert equal_weights(raw, load_lucidrains(source)) and equal_weights(raw, load_lucidrains(source, averaged=False))
+    for source in (file, file["ema"], file["model"]): assert lucidrains_settings(source)[1:] == ("v", "noise")
+
+
+def test_half_a_trainer_s_file(trainer):
+    "Catches the silent use of the weights that nobody asked for, and a KeyError."
+    file = torch.load(trainer.file, weights_only=True)
+    with pytest.raises(ValueError, match="no ema in the file: expected it beside step, model"):
+        load_lucidrains({key: file[key] for key in ("step", "model")})
+    with pytest.raises(ValueError, match="no model in the file: expected it beside ema"):
+        load_lucidrains({"ema": file["ema"]}, averaged=False)
+    with pytest.raises(ValueError, match="expected a Trainer's file with model and opt, found step, model"):
+        lucidrains_adam({key: file[key] for key in ("step", "model")}, UNet(8, (1, 2)))
+
+
+def their_picture(diffusion, way):
+    "Two pictures of theirs from the noise of seed 11, on our scale."
+    torch.manual_seed(11)
+    return getattr(diffusion, way[0])(*way[1])*2-1
+
+
+def test_the_same_pictures_as_theirs(trainer):
+    "The whole way from file to picture, both samplers: schedule, objective and average, each wrong in turn, would show."
+    ours, (schedule, objective, _) = load_lucidrains(trainer.file), lucidrains_settings(trainer.file)
+    average, shape = trainer.ema.ema_model, (2, 3, 16, 16)
+    expected = their_picture(average, ("sample", (2,)))
+    torch.manual_seed(11)
+    found = ddpm_sample(ours, schedule, torch.randn(shape), objective)
+    torch.testing.assert_close(found, expected.clamp(-1, 1), atol=1e-4, rtol=0)
+    average.sampling_timesteps = 10  # as if built so: ten strides of DDIM
+    expected = their_picture(average, ("ddim_sample", (shape,)))
+    torch.manual_seed(11)
+    found = ddim_sample(ours, schedule, torch.randn(shape), objective, steps=10)
+    torch.testing.assert_close(found, expected.clamp(-1, 1), atol=1e-4, rtol=0)
+
+
+def test_go_on_training_as_they_would(trainer):
+    "One step from one file on both sides: catches Adam's memory at the wrong weights, a lost learning rate, another loss."
+    ours = load_lucidrains(trainer.file, averaged=False)
+    adam, settings = lucidrains_adam(trainer.file, ours), lucidrains_settings(trainer.file)
+    before = copy.deepcopy(ours.state_dict())
+    theirs, opt = trainer.model, trainer.opt
+    images = torch.rand(16, 3, 16, 16)
+    torch.manual_seed(5)
+    theirs(images).backward()
+    torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.)
+    opt.step()
+    opt.zero_grad()
+    torch.manual_seed(5)  # both draw the steps first, then the noise
+    train_step(ours, adam, images*2-1, *settings)
+    moved = max((ours.state_dict()[key]-value).abs().amax() for key, value in before.items())
+    apart = max((ours.state_dict()[rename_key(key)]-value).abs().amax() for key, value in theirs.model.state_dict().items())
+    assert moved > 3e-4 and apart < 1e-3*moved
+    trainer.load(1)  # back to where the file is, for the other tests
+
+
+def test_unsorted_memory_would_be_seen(trainer):
+    "Planted fault: the memory in their order. Where shapes differ it is refused only in the step, where they are equal never."
+    file = torch.load(trainer.file, weights_only=True)
+    ours = load_lucidrains(file, averaged=False)
+    right = lucidrains_adam(file, ours).state_dict()["state"]
+    theirs = file["opt"]["state"]
+    assert len(right) == len(theirs) == len(list(ours.parameters()))
+    assert any(right[i]["exp_avg"].shape != theirs[i]["exp_avg"].shape for i in right)
+    assert all(right[i]["exp_avg"].shape == p.shape for i, p in enumerate(ours.parameters()))
+
+
+def test_the_file_s_memory_stays_as_it_is(trainer):
+    "Catches an optimizer that shares its memory with the dictionary it came from."
+    file = torch.load(trainer.file, weights_only=True)
+    ours = load_lucidrains(file, averaged=False)
+    adam, before = lucidrains_adam(file, ours), copy.deepcopy(file["opt"]["state"])
+    train_step(ours, adam, torch.rand(2, 3, 16, 16), *lucidrains_settings(file))
+    assert all(torch.equal(file["opt"]["state"][i]["exp_avg"], memory["exp_avg"]) for i, memory in before.items())
+
+
+def test_memory_of_another_network(trainer):
+    "Catches an Adam whose memory belongs to other weights."
+    for model in (UNet(16, (1, 2, 4)), UNet(8, (1, 2))):
+        with pytest.raises(ValueError, match="weights in the file, .* in the model: expected the same names and shapes"):
+            lucidrains_adam(trainer.file, model)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("min_snr", [False, True])
+@pytest.mark.parametrize("steps", [30, 1000])
+def test_settings_from_buffers(lucidrains, oracle, name, objective, min_snr, steps):
+    "Catches an objective, a weighting or a schedule read off wrongly: all their combinations."
+    theirs = lucidrains.GaussianDiffusion(oracle, image_size=16, timesteps=steps, beta_schedule=name, objective=f"pred_{objective}",
+                                          min_snr_loss_weight=min_snr)
+    schedule, *rest = lucidrains_settings(theirs.state_dict())
+    assert (schedule.name, schedule.num_timesteps, *rest) == (name, steps, objective, "min_snr" if min_snr else "noise")
+    assert torch.equal(schedule.betas, theirs.betas)
+    torch.testing.assert_close(loss_weight(*rest, schedule.snr), theirs.loss_weight, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("name, steps", [(name, steps) for name in SCHEDULES for steps in (2, 10, 20, 21, 100, 4000)
+                                         if steps > 20 or name != "linear"])
+def test_their_betas_are_called_by_our_name(lucidrains, name, steps):
+    "Catches a tolerance that fits one T only: 32 bits, and end points of the sigmoid in 32 bits."
+    betas = getattr(lucidrains, f"{name}_beta_schedule")(steps).float()
+    assert schedule_from_betas(betas).name == name
+
+
+@pytest.mark.parametrize("options", [dict(beta_schedule="sigmoid", schedule_fn_kwargs=dict(tau=.9)),
+                                     dict(beta_schedule="cosine", schedule_fn_kwargs=dict(s=.02))])
+def test_another_curve_has_no_name(lucidrains, oracle, options):
+    "Catches a name for a curve that is only similar."
+    theirs = lucidrains.GaussianDiffusion(oracle, image_size=16, timesteps=100, **options)
+    schedule, objective, _ = lucidrains_settings(theirs.state_dict())
+    assert schedule.name == "custom" and objective == "v" and torch.equal(schedule.betas, theirs.betas)
+
+
+def test_no_settings_in_it(lucidrains, oracle):
+    "Catches a guess where the file does not say: a Unet alone, and another loss."
+    with pytest.raises(ValueError, match="no settings: expected betas and loss_weight of a GaussianDiffusion, found init_conv"):
+        lucidrains_settings(oracle.state_dict())
+    state = lucidrains.GaussianDiffusion(oracle, image_size=16, timesteps=100, min_snr_loss_weight=True, min_snr_gamma=3).state_dict()
+    with pytest.raises(ValueError, match=r"fits no objective: expected noise, x0 or v, weighted by the snr or by min\(snr, 5\)"):
+        lucidrains_settings(state)
+
+
+# other files
 
 @pytest.mark.parametrize("options", [
     dict(self_condition=True), dict(learned_variance=True), dict(random_fourier_features=True),

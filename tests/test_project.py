@@ -84,7 +84,7 @@ def test_imports_flow_down():
 
 def test_light_import():
     "Importing the package must not pull in what only the course or the tests need."
-    code = "import sys, eo_ddpm.sampling, eo_ddpm.interop; print([m for m in ('nbdev', 'diffusers', 'ipywidgets', 'fastcore', 'pytest') if m in sys.modules])"
+    code = "import sys, eo_ddpm.sampling, eo_ddpm.training; print([m for m in ('nbdev', 'diffusers', 'ipywidgets', 'fastcore', 'pytest') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env={**os.environ, "MPLBACKEND": "agg"})
     assert run.stdout.strip() == "[]"
 
