@@ -121,25 +121,21 @@ def cache(root, out, bands, file_bands, scale, season, size, dtype, workers, str
     click.echo(f"{len(made.pixels)} patches of {size} x {size} pixels, {', '.join(bands)}, {dtype}: {out}")
 
 # %% ../nbs/13_cli.ipynb #c96101a3
-def paint(run, n, steps, seed, device, batch=25):
-    "n samples (n,C,H,W) of a run's averaged network, the first ones the same whatever n is."
-    import torch
-    from eo_ddpm.sampling import ddim_sample
-    from eo_ddpm.training import load_run
+def paint(run, n, steps, seed, device):
+    "n samples (n,C,H,W) of a run's averaged network, each by a seed of its own: seed, seed+1 ... Ctrl-C keeps those that are done."
+    from eo_ddpm.sampling import dpm_solver_sample, paint_seeds
+    from eo_ddpm.training import load_run, pick_precision
     network, schedule, config = load_run(run, device)
-    shape, parts = (config.model.get("channels", 3), config.size, config.size), []
-    for start in range(0, n, batch):
-        generator = torch.Generator(device).manual_seed(seed+start)
-        noise = torch.randn(batch, *shape, generator=generator, device=device)
-        parts.append(ddim_sample(network, schedule, noise, config.objective, generator=generator, steps=steps, eta=1.).cpu())
-    return torch.cat(parts)[:n]
+    shape = (config.model.get("channels", 3), config.size, config.size)
+    return paint_seeds(dpm_solver_sample, network, schedule, list(range(seed, seed+n)), shape, config.objective,
+                       precision=pick_precision(device), steps=steps)
 
 # %% ../nbs/13_cli.ipynb #b7c07fe6
 @main.command()
 @click.argument("run", type=folder)
 @click.option("-n", default=25, show_default=True, help="How many.")
-@click.option("--steps", default=50, show_default=True, help="Network calls.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--steps", default=20, show_default=True, help="Network calls for each patch.")
+@click.option("--seed", default=0, show_default=True, help="Of the first patch; the next one has the next seed.")
 @click.option("--out", default="samples.png", show_default=True, type=click.Path(dir_okay=False), help="The picture.")
 @click.option("--geotiff", type=click.Path(file_okay=False), help="A folder for one GeoTIFF each, in digital numbers.")
 @click.option("--device", help="cuda, mps or cpu; the best there is if not given.")
@@ -160,5 +156,5 @@ def sample_images(run, n, steps, seed, out, geotiff, device):
     dtype = "uint16" if lo.min() >= 0 and hi.max() > 255 else "float32"  # reflectances and decibels keep their fractions
     Path(geotiff).mkdir(parents=True, exist_ok=True)
     for i, dn in enumerate(scale.to_dn(x0, bands)):
-        write_patch(Path(geotiff)/f"synthetic_{i:04d}.tif", dn, bands, dtype, run=run, seed=seed, number=i, steps=steps)
+        write_patch(Path(geotiff)/f"synthetic_{i:04d}.tif", dn, bands, dtype, run=run, seed=seed+i, steps=steps)
     click.echo(geotiff)
