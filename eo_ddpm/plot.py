@@ -184,7 +184,7 @@ def explore(
     "A figure with handles: move a control and it is drawn again."
     import ipywidgets  # part of the extra `class`: not needed to train or to sample
     controls = {k: ipywidgets.Dropdown(options=c, description=k) if isinstance(c, list) else c for k, c in controls.items()}
-    picture = ipywidgets.Image(format="png")
+    picture = ipywidgets.Image(format="png", layout=dict(align_self="flex-start"))  # else the page stretches it
 
     def update(_=None):
         draw(**{name: control.value for name, control in controls.items()})
@@ -210,18 +210,16 @@ def play(
     "A film with a play button and a slider."
     import ipywidgets
     if len(pages) != len(labels): raise ValueError(f"{len(pages)} pages but {len(labels)} labels")
-    drawn = []
-    for page in pages:
+
+    def draw(page, label):
         file = io.BytesIO()
         plt.imsave(file, make_grid(page, ncols).repeat(zoom, axis=0).repeat(zoom, axis=1), format="png")
-        drawn.append(file.getvalue())
-    picture, label, last = ipywidgets.Image(format="png"), ipywidgets.Label(), len(pages)-1
+        picture = ipywidgets.Image(value=file.getvalue(), format="png", layout=dict(align_self="flex-start"))
+        return ipywidgets.VBox([ipywidgets.Label(label), picture])
+
+    last, film = len(pages)-1, ipywidgets.Stack([*map(draw, pages, labels)], selected_index=0)
     button = ipywidgets.Play(min=0, max=last, interval=interval)
     slider = ipywidgets.IntSlider(0, 0, last, readout=False)
-    ipywidgets.jslink((button, "value"), (slider, "value"))  # in the browser: the button moves the slider
-
-    def update(change): picture.value, label.value = drawn[change["new"]], labels[change["new"]]
-
-    slider.observe(update, "value")
-    update({"new": 0})
-    return ipywidgets.VBox([ipywidgets.HBox([button, slider, label]), picture])
+    ipywidgets.jslink((button, "value"), (slider, "value"))  # in the browser: it plays while the kernel is busy
+    ipywidgets.jslink((slider, "value"), (film, "selected_index"))
+    return ipywidgets.VBox([ipywidgets.HBox([button, slider]), film])
