@@ -42,6 +42,7 @@ def check_gap(
     if seen.dtype != torch.bool: raise ValueError(f"seen is {seen.dtype}: expected bool, True where the ground is seen")
     if not seen.flatten(1).any(1).all(): raise ValueError("a patch of which nothing is seen: there is nothing to go by")
 
+# %% ../nbs/14_control.ipynb #2afbc36c
 def interpolate_gap(
     known:Tensor,  # (B,C,H,W); what is not seen does not matter
     seen:Tensor,   # (B,1,H,W) bool

@@ -78,6 +78,7 @@ def draw_like(
     device = xt.device if generator is None else generator.device
     return torch.randn(xt.shape, generator=generator, device=device, dtype=xt.dtype).to(xt.device)
 
+# %% ../nbs/06_sampling.ipynb #77888dc7
 def record(
     film:list[Tensor],  # the frames so far
     xt:Tensor,          # (B,C,H,W)
