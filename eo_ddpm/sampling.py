@@ -255,7 +255,11 @@ def paint_seeds(
     progress:bool=True,          # a bar with the time left
     **options,                   # for the sampler
 )->Tensor:                       # (N,C,H,W) x0 on the CPU
-    "A patch for each seed. Interrupted, it says so and returns those that are done."
+    """A patch for each seed. Interrupted, it says so and returns those that are done.
+
+    Raises ValueError without seeds, and for `trajectory`: a film is had from the sampler itself."""
+    if not seeds: raise ValueError("no seeds: expected one for each patch")
+    if options.get("trajectory"): raise ValueError("trajectory: paint_seeds keeps no films, call the sampler itself")
     device, done = schedule.betas.device, []
     batches = [seeds[i:i+batch_size] for i in range(0, len(seeds), batch_size)]
     try:

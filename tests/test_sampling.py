@@ -563,3 +563,10 @@ def test_interrupt_keeps_what_is_done(tiny, capsys):
     assert len(run(stops_at(3))) == 4
     assert "stopped: 4 of 6 patches are painted" in capsys.readouterr().err
     with pytest.raises(KeyboardInterrupt): run(stops_at(1))
+
+
+@pytest.mark.parametrize("seeds, options, words", [([], {}, "no seeds"), ([1], dict(trajectory=True), "keeps no films")])
+def test_paint_seeds_refuses(tiny, seeds, options, words):
+    "An error from deep inside torch for an empty list, or for a film that nobody has asked to keep."
+    with pytest.raises(ValueError, match=words):
+        paint_seeds(ddim_sample, tiny, get_schedule("cosine", T), seeds, SHAPE[1:], "v", progress=False, **options)
