@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['OKABE_ITO', 'LINE_STYLES', 'to_rgb', 'make_grid', 'show_grid', 'save_grid', 'show_row', 'plot_lines', 'smooth',
-           'plot_loss', 'live_loss', 'explore', 'play']
+           'plot_loss', 'live_loss', 'widgets_on', 'explore', 'play']
 
 # %% ../nbs/00_plot.ipynb #45e54b1d
 import io
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -177,11 +178,16 @@ def live_loss(
     return watch
 
 # %% ../nbs/00_plot.ipynb #ac405074
+def widgets_on()->bool:
+    "EO_DDPM_WIDGETS=0 in the environment turns all widgets off: the figures that stand still remain."
+    return os.environ.get("EO_DDPM_WIDGETS", "1") != "0"
+
 def explore(
     draw,         # draws one figure: draw(**values)
     **controls,   # ipywidgets controls, one for each argument of `draw`; a list becomes a menu
 ):                # a box with the controls above the picture
-    "A figure with handles: move a control and it is drawn again."
+    "A figure with handles: move a control and it is drawn again. None where widgets are turned off."
+    if not widgets_on(): return None
     import ipywidgets  # part of the extra `class`: not needed to train or to sample
     controls = {k: ipywidgets.Dropdown(options=c, description=k) if isinstance(c, list) else c for k, c in controls.items()}
     picture = ipywidgets.Image(format="png", layout=dict(align_self="flex-start"))  # else the page stretches it
@@ -207,7 +213,8 @@ def play(
     zoom:int=2,           # screen pixels for one image pixel
     interval:int=120,     # milliseconds a page
 ):                        # a box with the controls above the picture
-    "A film with a play button and a slider."
+    "A film with a play button and a slider. None where widgets are turned off."
+    if not widgets_on(): return None
     import ipywidgets
     if len(pages) != len(labels): raise ValueError(f"{len(pages)} pages but {len(labels)} labels")
 
