@@ -139,7 +139,10 @@ def get_schedule(
 def zero_terminal_snr(
     betas:Tensor,  # (T,) float64
 )->Tensor:         # (T,) float64; the last one is 1
-    "The same way, ended in pure noise. Lin et al. 2023, algorithm 1: sqrt(abar) is shifted to 0 at T and stretched back to its start."
+    """The same way, ended in pure noise. Lin et al. 2023, algorithm 1: sqrt(abar) is shifted to 0 at T and stretched back to its start.
+
+    Raises ValueError for a single step, which cannot be both."""
+    if len(betas) < 2: raise ValueError(f"{len(betas)} betas: expected two or more, a start to keep and an end to move")
     root = derive(betas)["alphas_cumprod"].sqrt()
     alphas_cumprod = ((root-root[-1])*root[0]/(root[0]-root[-1]))**2
     return 1 - alphas_cumprod/torch.cat([torch.ones_like(root[:1]), alphas_cumprod[:-1]])

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from tiny import SHAPE, Tiny
+
 
 def stub(name):
     "An empty module under this name, for an import that the oracle makes but never uses here."
@@ -59,6 +61,17 @@ def lucidrains():
     if importlib.util.find_spec("denoising_diffusion_pytorch") is None and not os.environ.get("CI"):
         pytest.skip("pip install --no-deps denoising-diffusion-pytorch==1.10.12")
     return import_lucidrains()
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    return Tiny().eval().requires_grad_(False)
+
+
+@pytest.fixture
+def start():
+    "Pure noise for `tiny`."
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
 
 
 @pytest.fixture(autouse=True)

@@ -7,20 +7,9 @@ import torch
 from eo_ddpm.control import check_gap, cloud_mask, ddim_invert, interpolate_gap, redraw, repaint_sample, score_gap, slerp
 from eo_ddpm.sampling import ddim_sample, seeded_noise
 from eo_ddpm.schedules import SCHEDULES, get_schedule
-from test_sampling import Tiny, close, seeded_generator
+from tiny import SHAPE, T, close, seeded_generator
 
-T, SHAPE = 50, (2, 3, 8, 8)
 STD = .25
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return Tiny().eval().requires_grad_(False)
-
-
-@pytest.fixture
-def start():
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
 
 
 @pytest.fixture

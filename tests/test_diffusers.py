@@ -19,6 +19,8 @@ from eo_ddpm.sampling import ddim_sample, ddpm_sample, dpm_solver_sample
 from eo_ddpm.schedules import SCHEDULES, NoiseSchedule, cosine_betas, get_schedule, linear_betas, zero_terminal_snr
 from eo_ddpm.training import OBJECTIVES, update_ema
 from eo_ddpm.unet import UNet
+from tiny import SHAPE, Tiny, close, seeded_generator
+from tiny import T as SHORT
 
 T = 500
 
@@ -115,43 +117,9 @@ def test_swapped_bands_are_turned_channels():
 
 # their schedulers, our network
 
-SHORT = 50
-SHAPE = (2, 3, 8, 8)
 PURE = NoiseSchedule(zero_terminal_snr(cosine_betas(SHORT)), "pure")
 KINDS = ["DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "EulerDiscreteScheduler",
          "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler", "PNDMScheduler"]
-
-
-class Tiny(nn.Module):
-    "A seeded network that uses xt and the step, whole or not."
-    def __init__(self):
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(7)
-            self.layers = nn.Sequential(nn.Conv2d(4, 24, 3, padding=1), nn.SiLU(), nn.Conv2d(24, 3, 3, padding=1))
-
-    def forward(self, x, timesteps):
-        assert timesteps.shape == x.shape[:1]
-        time = (timesteps.to(x.dtype)/SHORT)[:, None, None, None].expand(-1, 1, *x.shape[2:])
-        return self.layers(torch.cat([x, time], dim=1))
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return Tiny().eval().requires_grad_(False)
-
-
-@pytest.fixture
-def start():
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
-
-
-def chance():
-    return torch.Generator().manual_seed(11)
-
-
-def close(a, b, tolerance=1e-4):
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
 
 
 TRIPLES = [(get_schedule(name, SHORT), objective) for name in SCHEDULES for objective in OBJECTIVES] + [(PURE, "x0"), (PURE, "v")]
@@ -161,8 +129,8 @@ each_case = pytest.mark.parametrize("schedule, objective", TRIPLES, ids=[f"{s.na
 @each_case
 def test_their_ddpm_is_ours(tiny, start, schedule, objective):
     "Catches another variance, a lost clip, a schedule in 32 bits that drifts, an objective under the wrong word."
-    theirs = diffusers_sample(tiny, diffusers_scheduler(schedule, objective), start, SHORT, chance())
-    close(theirs, ddpm_sample(tiny, schedule, start, objective, generator=chance()))
+    theirs = diffusers_sample(tiny, diffusers_scheduler(schedule, objective), start, SHORT, seeded_generator())
+    close(theirs, ddpm_sample(tiny, schedule, start, objective, generator=seeded_generator()))
 
 
 @each_case
@@ -210,7 +178,7 @@ def knows_the_answer(x0, schedule):
 def test_every_kind_finds_the_only_patch(start, kind, name):
     "Catches a kind that runs and paints something else: wrong betas, wrong question, wrong unit of noise, no clean end."
     schedule, x0 = get_schedule(name, T), start.clamp(-1, 1)
-    found = diffusers_sample(knows_the_answer(x0, schedule), diffusers_scheduler(schedule, "v", kind), torch.randn(SHAPE), 25, chance())
+    found = diffusers_sample(knows_the_answer(x0, schedule), diffusers_scheduler(schedule, "v", kind), torch.randn(SHAPE), 25, seeded_generator())
     close(found, x0, .15 if kind == "DEISMultistepScheduler" else .05)  # that one stops at the noise of step 0
 
 
@@ -221,7 +189,7 @@ def test_a_schedule_that_ends_in_noise_alone(tiny, start, kind):
     except ValueError as e:
         assert f"{kind} would divide by 0: expected a kind with rescale_betas_zero_snr" in str(e)
         assert "rescale_betas_zero_snr" not in getattr(diffusers, kind)().config
-    else: assert diffusers_sample(tiny, scheduler, start, 10, chance()).isfinite().all()
+    else: assert diffusers_sample(tiny, scheduler, start, 10, seeded_generator()).isfinite().all()
     with pytest.raises(ValueError, match="ends in noise alone, which says nothing of x0: expected objective x0 or v"):
         diffusers_scheduler(PURE, "noise", kind)
 
@@ -245,9 +213,9 @@ def test_sampling_in_sixteen_bits_and_with_a_list_of_generators(tiny, start):
     "Catches a chain kept in 16 bits, and generators that are not one for each patch."
     schedule = get_schedule("cosine", SHORT)
     half = lambda xt, timesteps: tiny(xt, timesteps).bfloat16()
-    found = diffusers_sample(half, diffusers_scheduler(schedule, "v"), start, SHORT, [chance(), chance()])
+    found = diffusers_sample(half, diffusers_scheduler(schedule, "v"), start, SHORT, [seeded_generator(), seeded_generator()])
     assert found.dtype == torch.float32
-    one = ddpm_sample(tiny, schedule, start[1:], "v", generator=chance())
+    one = ddpm_sample(tiny, schedule, start[1:], "v", generator=seeded_generator())
     close(found[1:], one, .05)
 
 

@@ -9,46 +9,11 @@ from eo_ddpm.forward import at
 from eo_ddpm.sampling import (SPACINGS, VARIANCES, ddim_sample, ddim_step, ddpm_sample, ddpm_step, denoise, dpm_solver_sample,
                               draw_like, noise_from, paint_seeds, seeded_noise, spaced_steps, steps_to_visit)
 from eo_ddpm.schedules import SCHEDULES, NoiseSchedule, get_schedule, zero_terminal_snr
+from tiny import SHAPE, T, close, seeded_generator
 
-T = 50
-SHAPE = (2, 3, 8, 8)
 SAMPLERS = [ddpm_sample, ddim_sample, dpm_solver_sample]
 OBJECTIVES = ["noise", "x0", "v"]
 PREDICTION = dict(noise="epsilon", x0="sample", v="v_prediction")  # Diffusers' words for the objectives
-
-
-class Tiny(nn.Module):
-    "A seeded network that uses xt and t; the attributes are the ones denoising-diffusion-pytorch asks for."
-    channels = out_dim = 3
-    random_or_learned_sinusoidal_cond = self_condition = False
-
-    def __init__(self):
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(7)
-            self.layers = nn.Sequential(nn.Conv2d(4, 24, 3, padding=1), nn.SiLU(), nn.Conv2d(24, 3, 3, padding=1))
-
-    def forward(self, x, timesteps, x_self_cond=None):
-        time = (timesteps.to(x.dtype)/T)[:, None, None, None].expand(-1, 1, *x.shape[2:])
-        return self.layers(torch.cat([x, time], dim=1))
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return Tiny().eval().requires_grad_(False)
-
-
-@pytest.fixture
-def start():
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
-
-
-def seeded_generator():
-    return torch.Generator().manual_seed(11)
-
-
-def close(a, b, tolerance=1e-4):
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
 
 
 # ---- denoising-diffusion-pytorch
