@@ -55,6 +55,7 @@ export: $(VENV)/dev.done
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 	$(BIN)/python .ci/readme.py
+	$(BIN)/python .ci/exercises.py
 
 $(VENV)/class.done: $(NEEDS)
 	$(PYTHON) -m venv $(VENV)
