@@ -192,9 +192,9 @@ def test_losses_of_the_best_linear_denoiser():
     power = 1/(f[:, None]**2+f**2)
     power[0, 0] = 0
     power = power*.3**2/power.mean()
-    loss = {name: np.mean([(s*power/(1+s*power)).mean().item() for s in get_schedule(name, 500).exact["snr"]]) for name in SCHEDULES}
-    say(f"a loss of {loss['linear']:.2f} with the linear, {loss['cosine']:.2f} with the cosine and {loss['sigmoid']:.2f} with the sigmoid",
-        ERRATA)
+    def loss(name): return np.mean([(s*power/(1+s*power)).mean().item() for s in get_schedule(name, 500).exact["snr"]])
+    linear, cosine, sigmoid = map(loss, ("linear", "cosine", "sigmoid"))
+    say(f"a loss of {linear:.2f} with the linear, {cosine:.2f} with the cosine and {sigmoid:.2f} with the sigmoid", ERRATA)
 
 
 def test_numbers_of_the_data():
@@ -203,7 +203,7 @@ def test_numbers_of_the_data():
     dn = np.stack([read_patch(p.path) for p in train]).swapaxes(0, 1).reshape(3, -1, 256)
     spread = {name: (2*SCALES[name].to_unit(dn)).std() for name in ("reflectance", "natural", "report")}
     chapter = chapters()["01_data"]
-    say("standard deviation of {reflectance:.2f}; on the natural scale {natural:.2f}, on the report's {report:.2f}".format(**spread), chapter)
+    say("of {reflectance:.2f}; on the natural scale {natural:.2f}, on the report's {report:.2f}".format(**spread), chapter)
     say(f"a standard deviation of {spread['report']:.2f} (natural scale: {spread['natural']:.2f})", ERRATA)
     def dn_a_level(scale):
         dn = SCALES[scale].to_dn(torch.arange(256.).view(1, 1, -1)/127.5-1, ("B04",)).ravel()
