@@ -173,8 +173,6 @@ def test_numbers_of_the_schedules():
     assert (abar["linear"] < .5).nonzero()[0].item() == 129
     say(f"at 499 a weight of {abar['linear'][-1].sqrt():.3f}", chapter["02_forward"])
     say(f"At the end {1-math.erf(.5**.5):.0%}".replace("%", " %"), chapter["02_forward"])
-    small = (1-torch.linspace(2e-4, .01, 500, dtype=torch.float64)).cumprod(0)[-1].sqrt()
-    say(f"a weight of {small:.2f} is left", chapter["02_forward"])
     say(f"the first {(exact['cosine']['snr'] > 5).sum()} steps", chapter["05_training"])
     alphas = exact["linear"]["alphas"]
     say(f"{alphas[:2].sum():.4f} on the linear schedule, where the product is {alphas[:2].prod():.4f}", ERRATA)
