@@ -61,7 +61,7 @@ def settings(folder):
     graders = ("formgrader", "validate_assignment", "assignment_list", "course_list")  # they may be installed beside the course
     for name, values in {
         "jupyter_server_config.json": dict(ServerApp=dict(jpserver_extensions={f"nbgrader.server_extensions.{g}": False for g in graders})),
-        "labconfig/page_config.json": dict(disabledExtensions={"@jupyter/nbgrader": True}),
+        "labconfig/page_config.json": dict(disabledExtensions={"@jupyter/nbgrader": True, "@jupyterlab/apputils-extension:announcements": True}),
     }.items():
         path = folder/"config"/name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,11 +137,12 @@ def move(page, box, control):
     "Press one key; wait until the picture is another one. Returns what was pressed and how long that took."
     control.focus()
     before, key = box.evaluate(PICTURE), control.evaluate(KEY)
+    name = control.evaluate("control => control.closest('.widget-inline-hbox').innerText.split('\\n')[0]")
     began = time.perf_counter()
     page.keyboard.press(key)
-    page.wait_for_function(f"([box, before]) => ![null, before].includes(({PICTURE})(box))", arg=[box.element_handle(), before])
+    try: page.wait_for_function(f"([box, before]) => ![null, before].includes(({PICTURE})(box))", arg=[box.element_handle(), before])
+    except Exception as e: raise AssertionError(f"{key} on {name or 'the film'}: the picture stays the same") from e
     seconds = time.perf_counter()-began
-    name = control.evaluate("control => control.closest('.widget-inline-hbox').innerText.split('\\n')[0]")
     size = box.locator("img.widget-image:visible").bounding_box()
     return dict(control=name, key=key, seconds=round(seconds, 3), width=size["width"], height=size["height"])
 
@@ -154,7 +155,8 @@ def test_lesson_runs_and_its_widgets_answer(chromium, lab, lesson):
     OUT.mkdir(parents=True, exist_ok=True)
     with visit(chromium, address, lesson.stem) as page:
         notebook, seconds = run_all(page, folder/lesson.name)
-        assert not list(complaints(notebook))
+        problems = [*complaints(notebook)]
+        assert not problems
         found = dict(seconds=round(seconds, 1), moves=[])
         for i in handle_cells(notebook):
             outputs = [output for cell in section_above(notebook, i) for output in cell.get("outputs", [])]
