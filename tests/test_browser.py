@@ -5,6 +5,7 @@ it answered, in tests/artifacts/browser. No test fails because a machine is slow
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -45,7 +46,8 @@ def chromium():
     missing = pytest.fail if os.environ.get("GITHUB_ACTIONS") else pytest.skip
     try: from playwright.sync_api import Error, sync_playwright
     except ImportError: missing('no Playwright: pip install -c constraints.txt -e ".[dev]"')
-    found = [dict(executable_path=path) for name in ("chromium", "google-chrome", "chromium-browser") if (path := shutil.which(name))]
+    names = ("chromium", "google-chrome", "chromium-browser")
+    found = [dict(executable_path=path) for path in map(shutil.which, names) if path]
     with sync_playwright() as playwright:
         for where in (*found, {}, dict(channel="chrome")):
             try: browser = playwright.chromium.launch(args=FLAGS, timeout=2*MINUTE, **where)
@@ -57,12 +59,13 @@ def chromium():
 
 
 def settings(folder):
-    "An environment in which nobody's own settings and extensions count; returns it."
-    graders = ("formgrader", "validate_assignment", "assignment_list", "course_list")  # they may be installed beside the course
-    for name, values in {
-        "jupyter_server_config.json": dict(ServerApp=dict(jpserver_extensions={f"nbgrader.server_extensions.{g}": False for g in graders})),
-        "labconfig/page_config.json": dict(disabledExtensions={"@jupyter/nbgrader": True, "@jupyterlab/apputils-extension:announcements": True}),
-    }.items():
+    "An environment in which nobody's own settings count, nor extensions that disturb."
+    graders = ("formgrader", "validate_assignment", "assignment_list", "course_list")  # for the exercises; a class has none
+    off = {f"nbgrader.server_extensions.{name}": False for name in graders}
+    news = "@jupyterlab/apputils-extension:announcements"
+    config = {"jupyter_server_config.json": dict(ServerApp=dict(jpserver_extensions=off)),
+              "labconfig/page_config.json": dict(disabledExtensions={"@jupyter/nbgrader": True, news: True})}
+    for name, values in config.items():
         path = folder/"config"/name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values), encoding="utf-8")
@@ -71,21 +74,30 @@ def settings(folder):
     return {**os.environ, **places, "IPYTHONDIR": str(folder/"ipython"), "EO_DDPM_WIDGETS": "1"}
 
 
+def wait_for_server(server, port, log):
+    "Until it listens; fails with its log if it ends, or takes three minutes."
+    until = time.monotonic()+180
+    while True:
+        try: return socket.create_connection(("127.0.0.1", port), 5).close()
+        except OSError: time.sleep(.1)
+        if server.poll() is not None or time.monotonic() > until: pytest.fail(log.read_text(encoding="utf-8"))
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     "JupyterLab on a copy of the lessons; its folder and its address."
     folder = tmp_path_factory.mktemp("lab")
     shutil.copytree(ROOT/"nbs", folder/"nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser", "--ip=127.0.0.1",
-               "--port=0", "--IdentityProvider.token=", f"--ServerApp.root_dir={folder/'nbs'}"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser",
+               "--ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token=", f"--ServerApp.root_dir={folder/'nbs'}"]
     with open(folder/"log", "w", encoding="utf-8") as log:
         server = subprocess.Popen(command, env=settings(folder), stdout=log, stderr=subprocess.STDOUT)
     try:
-        until = time.monotonic()+180
-        while not (told := list((folder/"runtime").glob("jpserver-*.json"))):  # written once it listens
-            if server.poll() is not None or time.monotonic() > until: pytest.fail((folder/"log").read_text(encoding="utf-8"))
-            time.sleep(.1)
-        yield folder/"nbs", json.loads(told[0].read_text(encoding="utf-8"))["url"]
+        wait_for_server(server, port, folder/"log")
+        yield folder/"nbs", f"http://127.0.0.1:{port}/"
     finally:
         server.terminate()
         server.wait(60)
@@ -129,7 +141,8 @@ def complaints(notebook):
 
 def section_above(notebook, i):
     "The cells between the last heading and cell i."
-    start = max(j for j, cell in enumerate(notebook.cells[:i]) if cell.cell_type == "markdown" and cell.source.startswith("#"))
+    start = i
+    while notebook.cells[start].cell_type != "markdown" or not notebook.cells[start].source.startswith("#"): start -= 1
     return notebook.cells[start:i]
 
 
@@ -140,7 +153,8 @@ def move(page, box, control):
     name = control.evaluate("control => control.closest('.widget-inline-hbox').innerText.split('\\n')[0]")
     began = time.perf_counter()
     page.keyboard.press(key)
-    try: page.wait_for_function(f"([box, before]) => ![null, before].includes(({PICTURE})(box))", arg=[box.element_handle(), before])
+    another = f"([box, before]) => ![null, before].includes(({PICTURE})(box))"
+    try: page.wait_for_function(another, arg=[box.element_handle(), before])
     except Exception as e: raise AssertionError(f"{key} on {name or 'the film'}: the picture stays the same") from e
     seconds = time.perf_counter()-began
     size = box.locator("img.widget-image:visible").bounding_box()
@@ -149,8 +163,8 @@ def move(page, box, control):
 
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_lesson_runs_and_its_widgets_answer(chromium, lab, lesson):
-    """A cell that fails or warns only in JupyterLab, a widget that shows as text, a control that is not wired, a picture that
-    never changes, a film that does not play to its end, a widget without a figure before it."""
+    """A cell that fails or warns in JupyterLab, a widget that shows as text or without a figure above it, a control that is
+    not wired, a picture that never changes, a film that does not play to its end."""
     folder, address = lab
     OUT.mkdir(parents=True, exist_ok=True)
     with visit(chromium, address, lesson.stem) as page:
@@ -160,9 +174,9 @@ def test_lesson_runs_and_its_widgets_answer(chromium, lab, lesson):
         found = dict(seconds=round(seconds, 1), moves=[])
         for i in handle_cells(notebook):
             outputs = [output for cell in section_above(notebook, i) for output in cell.get("outputs", [])]
-            assert any("image/png" in output.get("data", {}) for output in outputs), f"no figure above the widget of cell {i}"
+            assert any("image/png" in output.get("data", {}) for output in outputs), f"no figure above cell {i}"
             box = page.locator(f".jp-Cell[data-windowed-list-index='{i}'] .jp-OutputArea-output > .widget-vbox")
-            box.scroll_into_view_if_needed()
+            box.evaluate("box => box.scrollIntoView({block: 'center'})")
             page.wait_for_function(PICTURE, arg=box.element_handle())
             controls = box.locator(".widget-play button:first-child, .noUi-handle, select").all()
             assert controls, f"no control in cell {i}"
