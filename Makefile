@@ -13,7 +13,7 @@ ARGS ?=
 BIN = $(VENV)/bin
 NEEDS = settings.ini setup.py constraints.txt
 
-.PHONY: demo report test test-all notebooks lab pretrained export readme clean
+.PHONY: demo report test test-all browser notebooks lab pretrained export readme clean
 
 # a core for each thread of a training: on two cores, with another program busy, a step takes .2 s instead of up to 9
 demo pretrained: export OMP_PROC_BIND = true
@@ -30,11 +30,15 @@ report: $(VENV)/class.done
 
 ## all tests: package and notebooks in sync, every lesson executed, pytest, a headless smoke run of the training notebook
 test: $(VENV)/dev.done notebooks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m "not heavy" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -rs -m "not heavy" tests
 
 ## the same with every kill and every fuzzed file
 test-all: $(VENV)/dev.done notebooks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests
+
+## every widget of every lesson, in JupyterLab and a real browser, moved by keyboard: pictures in tests/artifacts/browser
+browser: $(VENV)/dev.done
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -rs -m browser tests
 
 notebooks: $(VENV)/dev.done
 	cd $(CURDIR) && OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
