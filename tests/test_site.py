@@ -1,6 +1,7 @@
 """The web site: every lesson and every public name is on it, and every link leads somewhere."""
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -48,7 +49,8 @@ class Page(HTMLParser):
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
     "The folder of a freshly built site; the processes of a parallel test run share it."
-    out = tmp_path_factory.getbasetemp().parent/"site"
+    base = tmp_path_factory.getbasetemp()
+    out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)/"site"
     with FileLock(f"{out}.lock"):
         if not (out/"index.html").is_file():
             done = subprocess.run([sys.executable, ROOT/".ci/site/build.py", out], capture_output=True, text=True)
