@@ -36,7 +36,7 @@ class Page(HTMLParser):
         attrs = dict(attrs)
         if "id" in attrs: self.ids.add(attrs["id"])
         self.links += [attrs[name] for name in ("href", "src") if attrs.get(name)]
-        if tag == "img" and not attrs.get("alt"): self.unnamed.append(attrs.get("src"))
+        if tag == "img" and (attrs.get("alt") or ".png").endswith(".png"): self.unnamed.append(attrs.get("src"))
         if tag in ("script", "style"): self.skip = tag
 
     def handle_endtag(self, tag):
@@ -104,12 +104,14 @@ def test_links(pages, site):
             target, anchor = urldefrag(unquote(link))
             if target.startswith(GITHUB):
                 path = ROOT/target.removeprefix(GITHUB)
-                line = int(anchor[1:]) if re.fullmatch(r"L\d+", anchor) else 0
-                if not path.exists() or line > len(path.read_text(encoding="utf-8").splitlines()): broken.append((name, link))
+                line = re.fullmatch(r"L(\d+)", anchor)
+                there = path.exists() and not (line and int(line[1]) > path.read_text(encoding="utf-8").count("\n"))
+                if not there: broken.append((name, link))
             if re.match(r"\w+:|//", target): continue
             path = (site/name).parent/target.split("?")[0] if target else site/name
             path = path.resolve().relative_to(site.resolve()).as_posix()
-            if not (site/path).is_file() or (anchor and path in pages and anchor not in pages[path].ids): broken.append((name, link))
+            lost = anchor and path in pages and anchor not in pages[path].ids
+            if lost or not (site/path).is_file(): broken.append((name, link))
     assert not broken, broken
 
 

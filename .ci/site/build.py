@@ -1,8 +1,8 @@
-"""Build the course as a web site: python .ci/site/build.py [FOLDER], `_docs` if not given. Needs .ci/site/requirements.txt only.
+"""Build the course as a web site: python .ci/site/build.py [FOLDER], `_docs` if not given. Needs requirements.txt beside it.
 
-The pages keep the places of their sources (nbs/02_forward.ipynb becomes nbs/02_forward.html), so links between them need no
-change; the README is the front page, its course tables are the order of the lessons. Nothing is executed or imported: figures
-are the stored ones, the reference is read from the text of the package."""
+The pages keep the places of their sources (nbs/02_forward.ipynb becomes nbs/02_forward.html), so links between them need
+no change; the README is the front page, its course tables are the order of the lessons. Nothing is executed or imported:
+figures are the stored ones, the reference is read from the text of the package."""
 import re
 import shutil
 import subprocess
@@ -36,7 +36,8 @@ def course():
             last = number
     there = {p.stem for p in (ROOT/"nbs").glob("*.ipynb")} - {"index"}
     if there != (listed := {stem for table in tables for stem in table}):
-        raise ValueError(f"course tables of nbs/index.ipynb: {sorted(there-listed)} not listed, {sorted(listed-there)} not there")
+        raise ValueError(f"course tables of nbs/index.ipynb: {sorted(there-listed)} not listed, "
+                         f"{sorted(listed-there)} not there")
     return tables
 
 
@@ -110,7 +111,8 @@ def notebook(name, out, known):
     api = f" · [API](../api/{module}.md)" if module else ""
     bar = nbformat.v4.new_markdown_cell(f"{{.page-links}}\n[Notebook on GitHub]({GITHUB}/{name}){api}")
     cells, heading, started = [], name, False
-    halves = sum(c.cell_type == "markdown" and c.source.startswith("# ") for c in nb.cells) > 1  # below the headline all moves down
+    # a lesson in halves has several headlines: below the first, all move down by one
+    halves = sum(c.cell_type == "markdown" and c.source.startswith("# ") for c in nb.cells) > 1
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             cell.source = link(cell.source, name, known, out)
@@ -146,10 +148,10 @@ def api(sources, out, known):
         made_in = f"[{title(name)}](../{name})"
         text, about = reference.page(ROOT/PACKAGE/f"{module[1]}.py", PACKAGE, made_in, GITHUB)
         write(text, f"api/{module[1]}.md", out, known)
-        modules.append(module[1])
+        modules.append(f"{module[1]} <{module[1]}>")
         rows.append(f"| [{PACKAGE}.{module[1]}]({module[1]}.md) | {about} | {made_in} |")
-    write("\n".join(["# API", "", "| module | | made in |", "|---|---|---|", *rows, "",
-                     "```{toctree}", ":hidden:", "", *(f"{m} <{m}>" for m in modules), "```", ""]), "api/index.md", out, known)
+    overview = ["# API", "", "| module | | made in |", "|---|---|---|", *rows, ""]
+    write("\n".join([*overview, "```{toctree}", ":hidden:", "", *modules, "```", ""]), "api/index.md", out, known)
 
 
 def prepare(out):
@@ -161,8 +163,9 @@ def prepare(out):
         if name.endswith(".ipynb"): notebook(name, out, known)
         else: write((ROOT/name).read_text(encoding="utf-8"), name, out, known)
     menu = "".join(toctree(names, f":caption: {caption}") for caption, names in parts.items() if names)
-    text = re.sub(rf"\| `({PACKAGE}\.(\w+))` \|", r"| [`\1`](api/\2.md) |", (ROOT/"README.md").read_text(encoding="utf-8"))
-    write(text + menu, "index.md", out, known)
+    readme = (ROOT/"README.md").read_text(encoding="utf-8")
+    readme = re.sub(rf"\| `({PACKAGE}\.(\w+))` \|", r"| [`\1`](api/\2.md) |", readme)
+    write(readme + menu, "index.md", out, known)
 
 
 def main(out):

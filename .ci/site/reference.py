@@ -1,4 +1,4 @@
-"""The reference: a page for each module, read from its text. Types and comments of the arguments (docments) become a table."""
+"""The reference: a page for each module, read from its text. Comments of the arguments (docments) become a table."""
 import ast
 import re
 import tokenize
@@ -25,8 +25,9 @@ def arguments(node):
     if isinstance(node, ast.ClassDef):
         return [(n.target.id, ast.unparse(n.annotation), n.lineno) for n in node.body if isinstance(n, ast.AnnAssign)]
     a = node.args
-    args = [arg for arg in (*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg) if arg and arg.arg not in ("self", "cls")]
-    return [(arg.arg, ast.unparse(arg.annotation) if arg.annotation else "", arg.lineno) for arg in args]
+    args = [arg for arg in (*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg) if arg]
+    return [(arg.arg, ast.unparse(arg.annotation) if arg.annotation else "", arg.lineno)
+            for arg in args if arg.arg not in ("self", "cls")]
 
 
 def docments(node, comments):
@@ -46,8 +47,8 @@ def docments(node, comments):
 
 def options(node):
     "(name, nothing, help) of each option of a command of click."
-    calls = [n for n in ast.walk(node) if isinstance(n, ast.Call) and ast.unparse(n.func) in ("click.option", "click.argument")]
-    for call in calls:
+    for call in ast.walk(node):
+        if not isinstance(call, ast.Call) or ast.unparse(call.func) not in ("click.option", "click.argument"): continue
         given = {k.arg: k.value.value for k in call.keywords if isinstance(k.value, ast.Constant)}
         default = f" (default {given['default']})" if "default" in given else ""
         yield ", ".join(flag.value for flag in call.args), "", given.get("help", "") + default
@@ -79,15 +80,17 @@ def a_class(node, comments, links):
     inside = re.sub(r"^self(, )?", "", ast.unparse(init.args)) if init else ", ".join(
         ast.unparse(n) for n in node.body if isinstance(n, ast.AnnAssign))
     head = f"{node.name}({inside})" if inside else node.name
+    rows = docments(init or node, comments)
     inner = [line for n in methods if not n.name.startswith("_") for line in function(n, comments, "", "method")]
-    return [f":::::{{py:class}} {head}", "", links, "", words(node), "", *table(docments(init or node, comments)), *inner, ":::::", ""]
+    return [f":::::{{py:class}} {head}", "", links, "", words(node), "", *table(rows), *inner, ":::::", ""]
 
 
 def value(name, node, comments, links):
     "A constant: what it is set to, shortened, and the comment behind it."
     text = ast.unparse(node.value)
     shown = text if len(text) < 200 else text[:190] + " ..."
-    return [f"::::{{py:data}} {name}", "", links, "", f"```python\n{shown}\n```", "", escape(comments.get(node.end_lineno, "")), "", "::::", ""]
+    said = escape(comments.get(node.end_lineno, ""))
+    return [f"::::{{py:data}} {name}", "", links, "", f"```python\n{shown}\n```", "", said, "", "::::", ""]
 
 
 def page(path, package, made_in, github):
@@ -109,7 +112,7 @@ def page(path, package, made_in, github):
         out += (a_class if isinstance(node, ast.ClassDef) else function)(node, comments, links(node))
     if values := [n for n in public if n in assigned]: out += ["## Values", ""]
     for n in values: out += value(n, assigned[n], comments, links(assigned[n]))
-    taken = [f"{{py:obj}}`{a.name} <{package}.{n.module}.{a.name}>`" for n in tree.body if isinstance(n, ast.ImportFrom) and n.level
-             for a in n.names if a.name in public]
+    imports = [n for n in tree.body if isinstance(n, ast.ImportFrom) and n.level]
+    taken = [f"{{py:obj}}`{a.name} <{package}.{n.module}.{a.name}>`" for n in imports for a in n.names if a.name in public]
     if taken: out += [f"Also here: {', '.join(taken)}."]
     return "\n".join(out), first_sentence(tree)
