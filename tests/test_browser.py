@@ -38,7 +38,10 @@ KEY = """control => {
 }"""
 
 CENTRE = "box => box.scrollIntoView({block: 'center'})"
-PLAYED = "box => (slider => slider.ariaValueNow == slider.ariaValueMax)(box.querySelector('.noUi-handle'))"
+PLAYED = """box => {
+    const slider = box.querySelector(".noUi-handle")
+    return slider.ariaValueNow == slider.ariaValueMax && box.querySelector(".widget-play .fa-play")  // it pauses by itself
+}"""
 
 
 @pytest.fixture(scope="module")
