@@ -66,7 +66,7 @@ def test_stored_outputs(path):
     "Students see these first: catches missing, failed or heavy outputs, warnings, and widget state that GitHub refuses."
     notebook = json.loads(path.read_text(encoding="utf-8"))
     outputs = [o for c in notebook["cells"] for o in c.get("outputs", [])]
-    assert any("image/png" in o.get("data", {}) for o in outputs) or path.stem in ("10_diffusers", "13_cli"), "no figure stored"
+    assert any("image/png" in o.get("data", {}) for o in outputs) or path.stem in ("10_diffusers", "12_doctor", "13_cli"), "no figure stored"
     assert not any(o["output_type"] == "error" for o in outputs)
     assert not any(o.get("name") == "stderr" for o in outputs), "a warning is stored"
     assert "widgets" not in notebook["metadata"]
