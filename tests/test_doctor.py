@@ -54,11 +54,19 @@ def test_packages_missing_and_old():
     assert torch.__version__ in faults[0].found and 'pip install "torch>=99"' in faults[0].todo
 
 
+def test_colab_and_binder_bring_their_own_jupyterlab(monkeypatch):
+    "Catches a doctor that sends students on Colab to install JupyterLab, and a lesson's needs that the extra forgets."
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
+    needs = ['easel; extra == "lessons"', 'jupyterlab>=99; extra == "class"']
+    assert [fault.what for fault in check_packages(needs)] == ["easel"] and check_widgets().level == "ok"
+    assert check_packages(["numpy"])[0].level == "ok"
+
+
 @pytest.mark.parametrize("system, word", [("nt", "Visual C++"), ("posix", "pip install")])
 def test_torch_that_does_not_load(monkeypatch, system, word):
     "Catches a DLL that is missing on Windows being reported as a traceback, or the wrong cure."
     block(monkeypatch, "torch")
-    monkeypatch.setattr(doctor, "os", SimpleNamespace(name=system))
+    monkeypatch.setattr(doctor, "os", SimpleNamespace(name=system, environ={}))
     check = check_torch()
     assert check.level == "problem" and check.found.endswith("importing torch") and word in check.todo
 
