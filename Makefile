@@ -16,7 +16,7 @@ ARGS ?=
 BIN = $(VENV)/bin
 NEEDS = settings.ini setup.py constraints.txt
 
-.PHONY: demo report stick test test-all notebooks lab pretrained export readme clean
+.PHONY: demo report stick test test-all browser notebooks lab site pretrained export readme clean
 
 # a core for each thread of a training: on two cores, with another program busy, a step takes .2 s instead of up to 9
 demo pretrained: export OMP_PROC_BIND = true
@@ -32,12 +32,16 @@ report: $(VENV)/class.done
 	$(BIN)/python .ci/report.py $(REPORT) --profile $(PROFILE) $(ARGS)
 
 ## all tests: package and notebooks in sync, every lesson executed, pytest, a headless smoke run of the training notebook
-test: $(VENV)/dev.done notebooks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m "not heavy" tests
+test: $(VENV)/dev.done $(VENV)/site.done notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -rs -m "not heavy" tests
 
 ## the same with every kill and every fuzzed file
-test-all: $(VENV)/dev.done notebooks
+test-all: $(VENV)/dev.done $(VENV)/site.done notebooks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests
+
+## every widget of every lesson, in JupyterLab and a real browser, moved by keyboard: pictures in tests/artifacts/browser
+browser: $(VENV)/dev.done
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -rs -m browser tests
 
 notebooks: $(VENV)/dev.done
 	cd $(CURDIR) && OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
@@ -51,6 +55,10 @@ stick: $(VENV)/class.done
 	$(BIN)/python -m pip install -q uv
 	$(BIN)/python .ci/stick.py $(STICK) $(TARGETS) --pip-args="$(PIP_ARGS)"
 
+## the course as a web site: _docs/index.html
+site: $(VENV)/site.done
+	$(BIN)/python .ci/site/build.py _docs
+
 ## make the network that comes with the package anew: half an hour on two cores with matrix units, else an hour or two
 pretrained: $(VENV)/dev.done
 	mkdir -p runs/box
@@ -63,6 +71,7 @@ export: $(VENV)/dev.done
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 	$(BIN)/python .ci/readme.py
+	$(BIN)/python .ci/exercises.py
 
 $(VENV)/class.done: $(NEEDS)
 	$(PYTHON) -m venv $(VENV)
@@ -76,5 +85,11 @@ $(VENV)/dev.done: $(NEEDS)
 	$(BIN)/python -m pip install -q $(PIP_ARGS) --no-deps denoising-diffusion-pytorch==1.10.12
 	touch $@ $(VENV)/class.done
 
+# Neither PyTorch nor the package: the site is made of the stored notebooks and of text.
+$(VENV)/site.done: .ci/site/requirements.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -r .ci/site/requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) _docs build *.egg-info

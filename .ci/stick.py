@@ -47,8 +47,8 @@ def wheels_for(target, wheels):
         run(sys.executable, "-m", "uv", "pip", "compile", "-q", "setup.py", "--extra", "class", "-c", "constraints.txt",
             "--find-links", wheels, "--python-platform", system, "--python-version", python, *cpu,
             "--no-annotate", "--no-header", "-o", pins, MACOSX_DEPLOYMENT_TARGET="14.0")
-        pip("download", "-q", "--no-deps", "--only-binary=:all:", "--find-links", wheels, "-d", wheels, "--python-version", python,
-            *(word for name in SYSTEMS[system] for word in ("--platform", name)),
+        pip("download", "-q", "--no-deps", "--only-binary=:all:", "--find-links", wheels, "-d", wheels,
+            "--python-version", python, *(word for name in SYSTEMS[system] for word in ("--platform", name)),
             *(["--extra-index-url", CPU] if system == "linux" else []), "-r", pins)
 
 
@@ -58,14 +58,16 @@ if __name__ == "__main__":
     parser.add_argument("targets", nargs="*", help="windows-3.12, macos-3.12 ...: systems other than this one")
     parser.add_argument("--pip-args", default="", help="handed on to pip, such as --extra-index-url ...")
     args = parser.parse_args()
-    if unknown := set(args.targets)-set(TARGETS): parser.error(f"unknown target {min(unknown)!r}: expected one of {', '.join(TARGETS)}")
+    if unknown := set(args.targets)-set(TARGETS):
+        parser.error(f"unknown target {min(unknown)!r}: expected one of {', '.join(TARGETS)}")
     stick = args.folder.resolve()
     (stick/"wheels").mkdir(parents=True, exist_ok=True)
     for old in (stick/"wheels").glob("eo_ddpm-*.whl"): old.unlink()  # another course may have the same version
     shutil.rmtree(root/"build", ignore_errors=True)  # what setuptools kept of older modules
     own_wheels(stick/"wheels", shlex.split(args.pip_args))
     for target in args.targets: wheels_for(target, stick/"wheels")
-    shutil.copytree(root/"nbs", stick/"nbs", dirs_exist_ok=True, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    leave = shutil.ignore_patterns(".ipynb_checkpoints", "_*")  # _exercises holds the solutions
+    shutil.copytree(root/"nbs", stick/"nbs", dirs_exist_ok=True, ignore=leave)
     for file in (root/".ci/stick/install.py", root/".ci/stick/README.txt", root/"constraints.txt"): shutil.copy(file, stick)
     size = sum(path.stat().st_size for path in stick.rglob("*") if path.is_file())
     print(f"{stick}: {size/1e9:.2f} GB; copy it onto a stick as it is")

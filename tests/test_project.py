@@ -66,11 +66,26 @@ def test_stored_outputs(path):
     "Students see these first: catches missing, failed or heavy outputs, warnings, and widget state that GitHub refuses."
     notebook = json.loads(path.read_text(encoding="utf-8"))
     outputs = [o for c in notebook["cells"] for o in c.get("outputs", [])]
-    assert any("image/png" in o.get("data", {}) for o in outputs) or path.stem in ("10_diffusers", "12_doctor", "13_cli"), "no figure stored"
+    assert any("image/png" in o.get("data", {}) for o in outputs) or path.stem in ("12_doctor", "13_cli"), "no figure stored"
     assert not any(o["output_type"] == "error" for o in outputs)
     assert not any(o.get("name") == "stderr" for o in outputs), "a warning is stored"
     assert "widgets" not in notebook["metadata"]
     assert path.stat().st_size < 2_500_000
+
+
+def lessons():
+    "The notebooks of the course table, in its order."
+    text = (ROOT/"nbs/index.ipynb").read_text(encoding="utf-8")
+    return [ROOT/f"nbs/{stem}.ipynb" for stem in re.findall(r"\| \[(\d\d_\w+)\]\(\1\.ipynb\)", text.split("Behind the lessons")[0])]
+
+
+def test_figures_say_what_they_show():
+    "A lesson whose figures are closed to who cannot see them; an alternative text on a cell without a figure."
+    for path in lessons():
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        described = [c for c in cells if "".join(c["source"]).startswith("#| fig-alt: ")]
+        assert len(described) >= 2, path.name
+        for cell in described: assert any("image/png" in o.get("data", {}) for o in cell["outputs"]), f"{path.name}: {cell['source'][0]}"
 
 
 def test_imports_flow_down():

@@ -40,12 +40,13 @@ def test_install_and_a_lesson_without_a_network(tmp_path):
     assert filled.returncode == 0, filled.stderr[-3000:]
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "EO_DDPM", "PYTHONPATH", "XDG_"))}
     for name in ("http_proxy", "https_proxy", "all_proxy"): env |= {name: CLOSED, name.upper(): CLOSED}
-    env |= {"HOME": str(tmp_path), "USERPROFILE": str(tmp_path), "EO_DDPM_CACHE": str(tmp_path/"cache"), "OMP_NUM_THREADS": "1"}
+    env |= {name: str(tmp_path) for name in ("HOME", "USERPROFILE", "EO_DDPM_CACHE")} | {"OMP_NUM_THREADS": "1"}
     python = getattr(sys, "_base_executable", sys.executable)  # not the one that has everything already
     installed = run(python, tmp_path/"stick/install.py", tmp_path/"course", env=env)
     assert installed.returncode == 0 and "ready for the course" in installed.stdout, installed.stdout+installed.stderr
     programs = tmp_path/"course/.venv"/("Scripts" if os.name == "nt" else "bin")
-    lesson = run(programs/"papermill", "-k", "python3", "02_forward.ipynb", tmp_path/"out.ipynb", env=env, cwd=tmp_path/"course/nbs")
+    lesson = run(programs/"papermill", "-k", "python3", "02_forward.ipynb", tmp_path/"out.ipynb", env=env,
+                 cwd=tmp_path/"course/nbs")
     assert lesson.returncode == 0, lesson.stderr[-3000:]
     cells = json.loads((tmp_path/"out.ipynb").read_text(encoding="utf-8"))["cells"]
     assert any("image/png" in o.get("data", {}) for c in cells for o in c.get("outputs", []))

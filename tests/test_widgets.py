@@ -2,10 +2,13 @@
 import io
 
 import matplotlib.pyplot as plt
+import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
 
 from eo_ddpm.plot import explore, make_grid, play
+from lessons import LESSONS
 
 ipywidgets = pytest.importorskip("ipywidgets")
 
@@ -47,3 +50,14 @@ def test_widgets_can_be_turned_off(monkeypatch):
     assert explore(never, level=[1]) is None and play([torch.zeros(1, 3, 4, 4)], ["one"]) is None
     monkeypatch.setenv("EO_DDPM_WIDGETS", "1")
     assert explore(draw, level=[1]) is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_lessons_run_without_widgets(lesson, monkeypatch):
+    "A later cell that needs the box, a widget that is made by another way."
+    monkeypatch.setenv("EO_DDPM_WIDGETS", "0")
+    notebook = nbformat.read(lesson, as_version=4)
+    NotebookClient(notebook, timeout=1200, kernel_name="python3", resources=dict(metadata=dict(path=str(lesson.parent)))).execute()
+    shown = {kind for cell in notebook.cells for output in cell.get("outputs", []) for kind in output.get("data", {})}
+    assert "image/png" in shown and not any("widget" in kind for kind in shown)

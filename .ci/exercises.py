@@ -1,0 +1,26 @@
+"""Write the students' notebooks from those with solutions: python .ci/exercises.py [folder to write to].
+
+nbs/_exercises/NN_exercises.ipynb -> nbs/exercises/NN_exercises.ipynb: solutions become stubs, the cells tagged `wrong`
+(typical mistakes that the tests plant) and all outputs are left out."""
+import sys
+from pathlib import Path
+
+import nbformat
+from nbconvert.exporters import NotebookExporter
+from nbconvert.preprocessors import ClearOutputPreprocessor, TagRemovePreprocessor
+from nbgrader.preprocessors import ClearSolutions
+
+root = Path(__file__).resolve().parents[1]
+out = Path(sys.argv[1]) if len(sys.argv) > 1 else root/"nbs/exercises"
+
+STUB = 'raise NotImplementedError("your lines here")'
+
+exporter = NotebookExporter()
+exporter.register_preprocessor(TagRemovePreprocessor(remove_cell_tags={"wrong"}), enabled=True)
+exporter.register_preprocessor(ClearSolutions(code_stub={"python": STUB}, enforce_metadata=False), enabled=True)
+exporter.register_preprocessor(ClearOutputPreprocessor(), enabled=True)
+
+out.mkdir(parents=True, exist_ok=True)
+for path in sorted((root/"nbs/_exercises").glob("*.ipynb")):
+    text, _ = exporter.from_notebook_node(nbformat.read(path, as_version=4))
+    (out/path.name).write_text(text, encoding="utf-8", newline="\n")
