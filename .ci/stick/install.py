@@ -17,8 +17,9 @@ system = {"win32": "win", "darwin": "macosx"}.get(sys.platform, "manylinux")
 machine = platform.machine().lower()
 held = sorted(path.name for path in wheels.glob("torch-*.whl"))
 if not any("-cp" + version in name and system in name and name.endswith(machine + ".whl") for name in held):
-    sys.exit("This stick has no PyTorch for Python {}.{} on {} {}. It has:\n  {}\nInstall a Python that fits one of these (cp312 is "
-             "Python 3.12) and call install.py with it.".format(*sys.version_info[:2], system, machine, "\n  ".join(held)))
+    sys.exit("This stick has no PyTorch for Python {}.{} on {} {}. It has:\n  {}\nInstall a Python that fits one of these "
+             "(cp312 is Python 3.12) and call install.py with it.".format(
+                 *sys.version_info[:2], system, machine, "\n  ".join(held)))
 
 print(f"Installing into {folder} (a few minutes, 2 GB) ...", flush=True)
 env = folder/".venv"
