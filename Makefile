@@ -7,13 +7,16 @@ RUN    ?= runs/demo
 PIP_ARGS ?=
 PROFILE ?= laptop
 REPORT ?= runs/report-$(PROFILE)
+# What `make stick` fills, and for which other systems:  make stick TARGETS="windows-3.12 macos-3.12"
+STICK ?= runs/stick
+TARGETS ?=
 # More parameters of lesson 07 for `make report`:  make report PROFILE=report ARGS="-p data /data/SEN12MS"
 ARGS ?=
 
 BIN = $(VENV)/bin
 NEEDS = settings.ini setup.py constraints.txt
 
-.PHONY: demo report test test-all browser notebooks lab site pretrained export readme clean
+.PHONY: demo report stick test test-all browser notebooks lab site pretrained export readme clean
 
 # a core for each thread of a training: on two cores, with another program busy, a step takes .2 s instead of up to 9
 demo pretrained: export OMP_PROC_BIND = true
@@ -46,6 +49,11 @@ notebooks: $(VENV)/dev.done
 ## open the course
 lab: $(VENV)/class.done
 	$(BIN)/jupyter lab nbs
+
+## fill $(STICK), for a USB stick: the course and all it needs in a room without a network, on this system and on TARGETS
+stick: $(VENV)/class.done
+	$(BIN)/python -m pip install -q uv
+	$(BIN)/python .ci/stick.py $(STICK) $(TARGETS) --pip-args="$(PIP_ARGS)"
 
 ## the course as a web site: _docs/index.html
 site: $(VENV)/site.done

@@ -37,7 +37,8 @@ setup(
     package_data={"eo_ddpm": ["pretrained/*", "pretrained/checkpoints/*/*", "examples/*/*", "examples/*/samples/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"class": class_needs, "dev": dev_needs},
+    # lessons: what notebooks import, for Colab and Binder, whose own JupyterLab and kernel stay as they are
+    extras_require={"class": class_needs, "lessons": cfg["lessons_requirements"].split(), "dev": dev_needs},
     entry_points={"nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
                   "console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,

@@ -28,6 +28,7 @@ def main():
 
     \b
     A first look, without a network:
+      eo-ddpm doctor                        is this machine ready for the course?
       eo-ddpm index "$(eo-ddpm sample)"     the built-in Sentinel-2 sample
       eo-ddpm doctor my_images/             is anything wrong with these?
       eo-ddpm cache my_images/ my_cache/    one pass into a memory-mapped cache
@@ -89,14 +90,19 @@ def index(root, season, sensor, out):
 
 # %% ../nbs/13_cli.ipynb #9d1dac22
 @main.command()
-@click.argument("root", type=data)
+@click.argument("root", required=False, type=data)
 @data_options
 @click.option("-n", default=64, show_default=True, help="How many patches to look at.")
 @click.pass_context
 def doctor(ctx, root, bands, file_bands, scale, season, size, n):
-    """Look at the images in ROOT and say in plain words what is wrong with them.
+    """Say in plain words what is wrong with the images in ROOT; without ROOT, with this machine.
 
-    Exit code 1 if one should not train on them as they are."""
+    Exit code 1 if one should not train on them as they are, or if something would stop a lesson."""
+    if root is None:
+        from eo_ddpm.doctor import check_machine, report
+        checks = check_machine()
+        click.echo(report(checks))
+        ctx.exit(int(any(check.level == "problem" for check in checks)))
     from eo_ddpm.data import examine, get_scale
     found = examine(root, bands, get_scale(scale), season, file_bands, n, size)
     for finding in found: click.echo(f"{finding.level}: {finding.text}")

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from eo_ddpm.cli import main
 from eo_ddpm.data import load_cache, sample_root
+from eo_ddpm.doctor import Check
 from eo_ddpm.images import read_index
 from test_data import random_dn, write_sen12ms, write_tiff
 
@@ -63,6 +64,14 @@ def test_doctor_s_exit_code_tells(tmp_path):
     assert exit_code == 1 and text.startswith("wrong: ") and "natural" in text
     exit_code, text = run("doctor", sample_root(), "--bands", "B02,B04,B03")
     assert exit_code == 0  # by name, so all is well in any order
+
+
+@pytest.mark.parametrize("level, code", [("note", 0), ("problem", 1)])
+def test_doctor_without_a_folder_looks_at_the_machine(monkeypatch, level, code):
+    "Catches a note that stops a script, and a problem that does not."
+    monkeypatch.setattr("eo_ddpm.doctor.check_machine", lambda: [Check(level, "memory", "1.5 GB", "close other programs")])
+    exit_code, text = run("doctor")
+    assert exit_code == code and text.startswith(level) and "-> close other programs" in text
 
 
 def test_cache_from_own_images(tmp_path):
