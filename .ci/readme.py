@@ -22,7 +22,7 @@ for cell in notebook.cells:
 exporter = MarkdownExporter()
 exporter.register_preprocessor(TagRemovePreprocessor(remove_cell_tags={"hide"}, remove_input_tags={"no_input"}), enabled=True)
 text, resources = exporter.from_notebook_node(notebook, {"unique_key": "index", "output_files_dir": "nbs/images"})
-text = re.sub(r"\]\((\d\d_\w+\.ipynb)", r"](nbs/\1", text)  # links from the root instead of from nbs/
+text = re.sub(r"\]\((\d\d_|exercises/|teacher/)", r"](nbs/\1", text)  # links from the root instead of from nbs/
 text = text.replace("](../", "](")
 text = re.sub(r"\n{3,}", "\n\n", text).strip()
 text = re.sub(r"!\[png\]", "![A real patch turns into noise; the trained network turns noise into a patch]", text)
