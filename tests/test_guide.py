@@ -173,7 +173,6 @@ def test_numbers_of_the_schedules():
     assert (abar["linear"] < .5).nonzero()[0].item() == 129
     say(f"at 499 a weight of {abar['linear'][-1].sqrt():.3f}", chapter["02_forward"])
     say(f"At the end {1-math.erf(.5**.5):.0%}".replace("%", " %"), chapter["02_forward"])
-    say(f"the first {(exact['cosine']['snr'] > 5).sum()} steps", chapter["05_training"])
     alphas = exact["linear"]["alphas"]
     say(f"{alphas[:2].sum():.4f} on the linear schedule, where the product is {alphas[:2].prod():.4f}", ERRATA)
     variance = exact["cosine"]["posterior_variance"][250]
