@@ -78,11 +78,13 @@ $(VENV)/class.done: $(NEEDS)
 	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e ".[class]"
 	touch $@
 
-# The peer library asks for torchvision, which the course does without: install the library alone.
+# The peer library asks for torchvision, which the course does without: install the library alone. nbgrader makes stubs here, and
+# adds its buttons to JupyterLab, where no student needs them.
 $(VENV)/dev.done: $(NEEDS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -e ".[dev]"
 	$(BIN)/python -m pip install -q $(PIP_ARGS) --no-deps denoising-diffusion-pytorch==1.10.12
+	$(BIN)/jupyter labextension disable --level sys_prefix @jupyter/nbgrader
 	touch $@ $(VENV)/class.done
 
 # Neither PyTorch nor the package: the site is made of the stored notebooks and of text.
