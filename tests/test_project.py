@@ -88,6 +88,17 @@ def test_figures_say_what_they_show():
         for cell in described: assert any("image/png" in o.get("data", {}) for o in cell["outputs"]), f"{path.name}: {cell['source'][0]}"
 
 
+def test_notebooks_open_on_colab():
+    "A badge that opens another notebook, a set-up cell that is missing, late, or another one."
+    for path in [*NOTEBOOKS, *sorted((ROOT/"nbs/exercises").glob("*.ipynb"))]:
+        if path.stem == "index": continue
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        name = path.relative_to(ROOT).as_posix()
+        assert f"colab.research.google.com/github/eo-ddpm/eo_ddpm/blob/main/{name})" in "".join(cells[0]["source"] + cells[1]["source"] + cells[2]["source"]), name
+        code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code" and not "".join(c["source"]).startswith("#| default_exp")]
+        assert "if \"COLAB_RELEASE_TAG\" in os.environ and not find_spec(\"eo_ddpm\")" in code[0], name
+
+
 def test_imports_flow_down():
     "Catches a module that imports one taught after it."
     order = {re.search(r"#\| default_exp (\w+)", p.read_text(encoding="utf-8"))[1]: p.stem[:2]
