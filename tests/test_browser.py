@@ -19,7 +19,7 @@ from lessons import LESSONS, ROOT, handle_cells
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 OUT = ROOT/"tests/artifacts/browser"
 MINUTE = 60_000  # milliseconds, as Playwright counts
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
 
 # the pixels of the picture that a box shows; null while there is none
 PICTURE = """box => {
