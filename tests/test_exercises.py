@@ -97,6 +97,15 @@ def test_three_levels_with_hints(path):
         assert len(solution) == 1 and len([line for line in solution[0].splitlines() if line.strip()]) <= 8
 
 
+def test_every_lesson_has_exercises():
+    "A lesson of the course table without a source here, or one that does not lead to its exercises."
+    table = re.findall(r"\| \[(\d\d)_(\w+)\]\(nbs/[^|]+\|.+\|.+\|.+\| \[3\]\(nbs/exercises/(\d\d)_exercises.ipynb\) \|",
+                       (ROOT/"README.md").read_text(encoding="utf-8"))
+    assert len(table) >= 14 and sorted(number for number, *_ in table) == [path.name[:2] for path in SOURCES]
+    for number, name, linked in table:
+        assert linked == number and f"exercises/{number}_exercises.ipynb" in (ROOT/f"nbs/{number}_{name}.ipynb").read_text(encoding="utf-8")
+
+
 def test_students_get_the_stubs_of_these_sources(tmp_path):
     "A student notebook edited by hand, or a source edited without `make export`; a solution that is given away."
     subprocess.run([sys.executable, str(ROOT/".ci/exercises.py"), str(tmp_path)], check=True, capture_output=True)

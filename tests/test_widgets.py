@@ -52,6 +52,11 @@ def test_widgets_can_be_turned_off(monkeypatch):
     assert explore(draw, level=[1]) is not None
 
 
+def test_lessons_have_handles():
+    "A lesson that lost its widget, and with it its tests in the browser."
+    assert {param.id[:2] for param in LESSONS} >= {"00", "01", "02", "03", "04", "05", "06", "08", "09"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_lessons_run_without_widgets(lesson, monkeypatch):
